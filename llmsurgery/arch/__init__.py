@@ -1,0 +1,1 @@
+"""Architectures as tables of roles."""

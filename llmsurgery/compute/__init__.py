@@ -1,0 +1,1 @@
+"""Devices, loading, the chunked head: what scoring and training share."""

@@ -1,0 +1,1 @@
+"""Edits: what methods return, and the one place where they become bytes."""

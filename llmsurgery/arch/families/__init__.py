@@ -1,0 +1,1 @@
+"""One file per architecture, each with a `FAMILY` table."""

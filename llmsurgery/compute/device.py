@@ -1,0 +1,68 @@
+"""Device, dtype, seeds and memory readings."""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from llmsurgery.errors import ResourceError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device for `auto`, `cpu`, `cuda` or `cuda:i`.
+
+    Raises:
+        UsageError: The name is none of these.
+        ResourceError: A CUDA device was asked for that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in {"cpu", "cuda"} or (number and not number.isdigit()) or (kind == "cpu" and number):
+        raise UsageError(f"unknown device {name!r}", "devices are auto, cpu, cuda and cuda:0, cuda:1, ...", "")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count()):
+        raise ResourceError(
+            f"device {name!r} is not there",
+            f"torch sees {torch.cuda.device_count()} CUDA devices",
+            "use --device cpu or --device auto",
+        )
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, stored: str) -> torch.dtype:
+    """Return the compute dtype for `auto`, `float32`, `bfloat16` or `float16`.
+
+    Args:
+        name: The option.
+        stored: Most frequent dtype code of the checkpoint; `auto` follows it.
+
+    Raises:
+        UsageError: An unknown dtype.
+    """
+    if name == "auto":
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", f"dtypes are auto, {', '.join(DTYPES)}", "")
+    return DTYPES[name]
+
+
+def set_seeds(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the peak resident set of this process and the peak device memory, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peaks["device_bytes"] = int(torch.cuda.max_memory_allocated())
+    return peaks

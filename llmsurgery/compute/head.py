@@ -1,0 +1,175 @@
+"""Token log-probabilities without a [batch, time, vocabulary] tensor.
+
+The language-model head is by far the widest layer: its logits for a batch often need more memory than everything else
+in a training step. Scores and losses here need only two numbers per labelled position, the label's logit and the
+log-sum-exp, so the head runs on labelled positions alone, in chunks, and the backward recomputes each chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once: 8 million, 32 MiB in fp32."""
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the model below its language-model head."""
+    inner = getattr(model, model.base_model_prefix)
+    assert isinstance(inner, torch.nn.Module)
+    return inner
+
+
+def final_hidden(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states, after the final norm.
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids [batch, time].
+        attention_mask: 1 for tokens, 0 for padding [batch, time].
+
+    Returns:
+        Hidden states [batch, time, width] in the compute dtype.
+    """
+    output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden = output.last_hidden_state
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def head_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the head's weight [vocabulary, width] and bias."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Return how many positions go through the head at once."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
+class _LabelLogProbabilities(torch.autograd.Function):
+    """log softmax(h W^T + b)[label] per position; the backward recomputes the logits chunk by chunk."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        rows = chunk_rows(weight.shape[0])
+        result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        log_sums = torch.empty_like(result)
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            log_sums[part] = torch.logsumexp(logits, dim=-1)
+            result[part] = logits.gather(1, labels[part, None]).squeeze(1) - log_sums[part]
+        context.save_for_backward(hidden, weight, bias, labels, log_sums)
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, labels, log_sums = context.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = context.needs_input_grad
+        rows = chunk_rows(weight.shape[0])
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            # d logp / d logits = onehot(label) - softmax, scaled by the incoming gradient.
+            logits.sub_(log_sums[part, None]).exp_().neg_()
+            logits.scatter_add_(1, labels[part, None], torch.ones_like(logits[:, :1]))
+            logits.mul_(gradient[part, None])
+            if bias_gradient is not None:
+                bias_gradient += logits.sum(0)
+            slope = logits.to(hidden.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[part] = slope @ weight.to(hidden.dtype)
+            if weight_gradient is not None:
+                weight_gradient += (slope.T @ hidden[part]).float()
+        return (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias_gradient is None else bias_gradient.to(bias.dtype),
+            None,
+        )
+
+
+def label_log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the log-probability of each label.
+
+    Args:
+        hidden: Final hidden states of the positions that predict the labels [positions, width].
+        weight: Head weight [vocabulary, width].
+        bias: Head bias [vocabulary] or None.
+        labels: Token ids [positions].
+
+    Returns:
+        Log-probabilities [positions], fp32. Logits are computed in the head's dtype, log-sum-exp in fp32.
+    """
+    result = _LabelLogProbabilities.apply(hidden, weight.to(hidden.dtype), bias, labels)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def batch_log_probabilities(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    label_mask: torch.Tensor,
+    autocast: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the labelled tokens of a padded batch.
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids [batch, time].
+        attention_mask: 1 for tokens, 0 for padding [batch, time].
+        label_mask: True where the token itself is scored [batch, time]; position 0 cannot be.
+        autocast: Dtype of the matrix products if some parameters are held in a wider one.
+
+    Returns:
+        Log-probabilities [labels] in row-major order, and the row number of each [labels].
+    """
+    with torch.autocast(input_ids.device.type, dtype=autocast, enabled=autocast is not None):
+        hidden = final_hidden(model, input_ids, attention_mask)
+    # The head below computes in one dtype: inside autocast its forward and backward could differ.
+    hidden = hidden if autocast is None else hidden.to(autocast)
+    rows, columns = torch.nonzero(label_mask, as_tuple=True)
+    weight, bias = head_parameters(model)
+    # Position t - 1 predicts token t.
+    log_probabilities = label_log_probabilities(hidden[rows, columns - 1], weight, bias, input_ids[rows, columns])
+    return log_probabilities, rows
+
+
+def mean_kl(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    before_head: tuple[torch.Tensor, torch.Tensor | None],
+    after_head: tuple[torch.Tensor, torch.Tensor | None],
+) -> torch.Tensor:
+    """Return KL(before || after) per position, streaming over positions.
+
+    Args:
+        before: Final hidden states of the reference model [positions, width].
+        after: Final hidden states of the other model [positions, width].
+        before_head: The reference model's head weight and bias.
+        after_head: The other model's head weight and bias.
+
+    Returns:
+        One value per position [positions], fp32, in nats.
+    """
+    rows = chunk_rows(before_head[0].shape[0])
+    parts = []
+    for start in range(0, len(before), rows):
+        part = slice(start, start + rows)
+        reference = torch.nn.functional.linear(before[part], *before_head).float().log_softmax(-1)
+        other = torch.nn.functional.linear(after[part], *after_head).float().log_softmax(-1)
+        parts.append((reference.exp() * (reference - other)).sum(-1))
+    return torch.cat(parts)

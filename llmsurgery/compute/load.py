@@ -1,0 +1,108 @@
+"""Load checkpoints with stock transformers, and say clearly when one cannot be."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmsurgery.errors import DamagedError, InputError, UnsupportedError
+
+
+def quiet_transformers() -> None:
+    """Silence progress bars and advice of transformers; errors still raise."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"no usable tokenizer in {path}",
+            str(error).splitlines()[0][:200],
+            "copy tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UnsupportedError(
+            f"the tokenizer in {path} has no end-of-sequence token",
+            "answers are scored and trained with exactly one",
+            "set eos_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model with the stock Auto class.
+
+    Args:
+        path: Checkpoint directory.
+        dtype: Compute dtype.
+        device: Where to put it.
+        trust_remote_code: Run model code that the checkpoint brings.
+
+    Returns:
+        The model in eval mode, without gradients.
+
+    Raises:
+        DamagedError: Stored tensors are missing, unexpected or of the wrong shape, or hold NaN or Inf.
+        UnsupportedError: transformers has no class for it.
+    """
+    quiet_transformers()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} cannot build the model in {path}",
+            str(error).splitlines()[0][:300],
+            "check config.json, or a newer transformers",
+        ) from error
+    # A silently dropped or freshly initialised tensor would make every figure meaningless.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(problem) or ()):
+            raise DamagedError(
+                f"{len(names)} tensors of {path} are {problem.removesuffix('_keys')}, first {names[0]}",
+                "stock transformers would ignore them or fill them with random numbers",
+                "check that config.json and the weights belong together",
+            )
+    model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    require_finite_model(model)
+    return model
+
+
+def require_finite_model(model: PreTrainedModel) -> None:
+    """Refuse a model with NaN or Inf in a parameter.
+
+    Raises:
+        DamagedError: Names the first bad tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise DamagedError(
+                f"tensor {name} holds NaN or Inf",
+                "no figure or gradient computed with it means anything",
+                "use an undamaged copy of the checkpoint",
+            )

@@ -1,0 +1,153 @@
+"""Rows to token ids: chat templates, the border between prompt and answer, exactly one end-of-sequence token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from llmsurgery.data.records import Message, Row
+from llmsurgery.errors import InputError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids.
+
+    Attributes:
+        ids: Prompt, answer and end token.
+        answer_start: Index of the first answer token.
+        ends: Whether the last id is the end-of-sequence token.
+        where: Origin of the row for messages.
+    """
+
+    ids: tuple[int, ...]
+    answer_start: int
+    ends: bool
+    where: str = ""
+
+    @property
+    def labels(self) -> int:
+        """Number of labelled tokens, the end token included."""
+        return len(self.ids) - self.answer_start
+
+
+class Encoder:
+    """Turns rows into token ids with a model's tokenizer.
+
+    A question or a chat goes through the tokenizer's chat template; without one it becomes
+    "Question: ...\\nAnswer: ...". A prompt/completion pair is joined as it stands. Plain text has no prompt.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_length: Longest row in tokens that the model takes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.end_id = self._find_end_token()
+
+    def _find_end_token(self) -> int:
+        """Return the token that ends an answer: the end of the assistant's turn where the template has one."""
+        eos = int(self.tokenizer.eos_token_id)
+        if not self.tokenizer.chat_template:
+            return eos
+        probe = "ANSWER"
+        text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
+        tail = self._ids(text[text.rindex(probe) + len(probe) :])
+        special = set(self.tokenizer.all_special_ids)
+        return next((token for token in tail if token in special), eos)
+
+    def _render(self, turns: Sequence[Message], generation: bool, where: str) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            # Some templates print today's date; a fixed one keeps figures the same from day to day.
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"{where}: the chat template refuses these turns", str(error).splitlines()[0], "check the roles"
+            ) from error
+        return str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt_text(self, row: Row) -> str:
+        """Return the rendered prompt of a row; empty for plain text."""
+        if row.kind in {"text", "completion"}:
+            return row.prompt
+        if self.tokenizer.chat_template:
+            turns = row.turns or (Message("user", row.prompt),)
+            return self._render(turns, True, row.where)
+        if row.turns:
+            spoken = "\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in row.turns)
+            return f"{spoken}\nAssistant: "
+        return f"Question: {row.prompt}\nAnswer: "
+
+    def _split(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Tokenize prompt and answer as one text; a token across the border belongs to the answer."""
+        special = [] if self._starts_special(prompt) else self._prefix()
+        if not self.tokenizer.is_fast:
+            head = self._ids(prompt)
+            return special + head + self._ids(answer), len(special) + len(head)
+        encoded = self.tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        border = len(prompt)
+        start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > border), len(ids))
+        return special + ids, len(special) + start
+
+    def _prefix(self) -> list[int]:
+        """Ids that the tokenizer puts before plain text, such as a beginning-of-sequence token."""
+        empty = list(self.tokenizer("")["input_ids"])
+        return [token for token in empty if token != self.tokenizer.eos_token_id or self.tokenizer.bos_token_id == token]
+
+    def _starts_special(self, prompt: str) -> bool:
+        return any(prompt.startswith(token) for token in self.tokenizer.all_special_tokens)
+
+    def encode(self, row: Row, answer: str | None = None, max_length: int | None = None) -> Encoded:
+        """Encode one row with its own or another answer.
+
+        Args:
+            row: The row.
+            answer: Replaces the row's answer, for example a template answer.
+            max_length: Bound below the model's own.
+
+        Raises:
+            InputError: The row is longer than the bound, or its answer has no token.
+        """
+        ids, start = self._split(self.prompt_text(row), row.answer if answer is None else answer)
+        if start >= len(ids):
+            raise InputError(f"{row.where}: the answer has no token", "it vanishes in the tokenizer", "remove this row")
+        ends = row.kind != "text"
+        if ends:
+            ids = [*ids, self.end_id] if ids[-1] != self.end_id else ids
+        limit = min(self.max_length, max_length or self.max_length)
+        if len(ids) > limit:
+            raise InputError(
+                f"{row.where}: {len(ids)} tokens ({len(ids) - start} of them the answer) do not fit into {limit}",
+                f"the model takes {self.max_length} tokens"
+                + (f" and max_length is {max_length}" if max_length and max_length < self.max_length else ""),
+                "shorten the row" + (", or raise --set max_length=..." if limit < self.max_length else ""),
+            )
+        return Encoded(tuple(ids), start, ends, row.where)
+
+    def encode_prompt(self, row: Row) -> Encoded:
+        """Encode a row up to its answer, for generation; the ids equal the start of `encode`."""
+        encoded = self.encode(row)
+        return Encoded(encoded.ids[: encoded.answer_start], encoded.answer_start, False, row.where)
+
+    def encode_text(self, text: str, tokens: int) -> Encoded:
+        """Encode the first tokens of a plain text, special tokens as the tokenizer adds them.
+
+        Args:
+            text: The text.
+            tokens: How many tokens to keep.
+        """
+        limit = min(tokens, self.max_length)
+        ids = tuple(self.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
+        return Encoded(ids, 1, False)

@@ -1,0 +1,221 @@
+"""Data files to rows: JSONL, JSON, CSV and TXT, recognised by their keys, with errors that name file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmsurgery.errors import InputError, UnsupportedError
+
+EXPECTED = "question/answer, prompt/completion, messages or text"
+_FORMATS = (".jsonl", ".json", ".csv", ".txt")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a data file.
+
+    Attributes:
+        kind: "qa", "completion", "messages" or "text"; decides how the prompt is rendered.
+        prompt: Question or prompt; empty for plain text.
+        answer: Answer, completion or the last assistant turn; the whole of a plain text.
+        turns: The turns before the answer, for "messages".
+        paraphrased_question: Another wording of the question (TOFU), or None.
+        paraphrased_answer: Another wording of the answer (TOFU), or None.
+        perturbed_answers: Wrong answers (TOFU).
+        where: "file:line" for messages to the user.
+    """
+
+    kind: str
+    prompt: str
+    answer: str
+    turns: tuple[Message, ...] = ()
+    paraphrased_question: str | None = None
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
+    where: str = ""
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read a data file.
+
+    Args:
+        path: A `.jsonl`, `.json`, `.csv` or `.txt` file. A JSON file holds a list of records or of strings; a text
+            file holds passages separated by blank lines.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        InputError: Missing, empty or malformed; names the file, the line, the key found and the key expected.
+        UnsupportedError: Another file format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"data file {path} does not exist", "no such file", "check the path")
+    if path.suffix.lower() not in _FORMATS:
+        raise UnsupportedError(
+            f"data file {path} has the unknown ending {path.suffix!r}",
+            f"known are {', '.join(_FORMATS)}",
+            "convert it to JSON Lines",
+        )
+    rows = [_parse_record(record, where) for where, record in _read_records(path)]
+    if not rows:
+        raise InputError(f"data file {path} is empty", "no record was found", f"expected records with {EXPECTED}")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8", f"byte {error.start} cannot be decoded", "save the file as UTF-8"
+        ) from error
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, object]]:
+    text = _read_text(path)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        # Only \n ends a record: JSON strings may hold other line separators of Unicode.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}:{number}", _load_json(line, f"{path}:{number}")
+    elif suffix == ".json":
+        content = _load_json(text, str(path))
+        if isinstance(content, dict) and isinstance(content.get("data"), list):
+            content = content["data"]
+        if not isinstance(content, list):
+            raise InputError(f"{path} holds no list", "a JSON data file is a list of records", f"expected {EXPECTED}")
+        for number, record in enumerate(content, start=1):
+            yield f"{path}: record {number}", record
+    elif suffix == ".csv":
+        yield from _read_csv(path, text)
+    else:
+        for number, passage in enumerate(filter(None, (part.strip() for part in text.split("\n\n"))), start=1):
+            yield f"{path}: passage {number}", passage
+
+
+def _load_json(text: str, where: str) -> object:
+    try:
+        content: object = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON", str(error), "correct or remove this record") from error
+    return content
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                raise InputError(
+                    f"{where} has another number of columns than the header",
+                    f"the header is {', '.join(reader.fieldnames or [])}",
+                    "quote cells that hold commas",
+                )
+            cells: dict[str, object] = {key: value for key, value in record.items() if value != ""}
+            for key in ("perturbed_answer", "messages"):
+                if isinstance(cell := cells.get(key), str) and cell.lstrip().startswith("["):
+                    cells[key] = _load_json(cell, where)
+            yield where, cells
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num} is not valid CSV", str(error), "correct this line") from error
+
+
+def _parse_record(record: object, where: str) -> Row:
+    if isinstance(record, str):
+        return Row("text", "", _filled(record, "text", where), where=where)
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is not a record", f"found {type(record).__name__}", f"expected {EXPECTED}")
+    keys = record.keys()
+    if "question" in keys and "answer" in keys and "choices" not in keys:
+        return _question(record, where)
+    if {"prompt", "completion"} <= keys:
+        prompt, answer = _string(record, "prompt", where), _string(record, "completion", where)
+        return Row("completion", prompt, answer, where=where)
+    if "messages" in keys:
+        return _chat(record["messages"], where)
+    if "text" in keys:
+        return Row("text", "", _string(record, "text", where), where=where)
+    found = ", ".join(sorted(str(key) for key in keys)) or "no key"
+    raise InputError(f"{where} has no known layout", f"found {found}", f"expected {EXPECTED}")
+
+
+def _question(record: Mapping[str, object], where: str) -> Row:
+    wrong = record.get("perturbed_answer") or []
+    wrong = [wrong] if isinstance(wrong, str) else wrong
+    if not isinstance(wrong, list) or not all(isinstance(item, str) for item in wrong):
+        raise InputError(f"{where}: perturbed_answer is not a list of strings", f"found {wrong!r:.80}", "")
+    return Row(
+        "qa",
+        _string(record, "question", where),
+        _string(record, "answer", where),
+        paraphrased_question=_optional(record, "paraphrased_question", where),
+        paraphrased_answer=_optional(record, "paraphrased_answer", where),
+        perturbed_answers=tuple(wrong),
+        where=where,
+    )
+
+
+def _chat(messages: object, where: str) -> Row:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: messages is not a list of turns", f"found {type(messages).__name__}", "")
+    turns = []
+    for turn in messages:
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise InputError(f"{where}: a turn of messages has no role or content", f"found {turn!r:.80}", "")
+        turns.append(Message(_string(turn, "role", where), _string(turn, "content", where)))
+    if turns[-1].role != "assistant" or len(turns) < 2:
+        raise InputError(
+            f"{where}: messages do not end with an answer",
+            f"the last turn's role is {turns[-1].role!r}",
+            "end each chat with a turn of role assistant",
+        )
+    prompt = next((turn.content for turn in reversed(turns[:-1]) if turn.role == "user"), "")
+    return Row("messages", prompt, turns[-1].content, turns=tuple(turns[:-1]), where=where)
+
+
+def _string(record: Mapping[str, object], key: str, where: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key} is not a string", f"found {type(value).__name__}", "")
+    return _filled(value, key, where)
+
+
+def _optional(record: Mapping[str, object], key: str, where: str) -> str | None:
+    return None if record.get(key) is None else _string(record, key, where)
+
+
+def _filled(value: str, key: str, where: str) -> str:
+    if not value.strip():
+        raise InputError(f"{where}: {key} is empty", "there is nothing to score or train on", "remove this record")
+    return value
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Read a list of sentences, one a line, blank lines ignored.
+
+    Raises:
+        InputError: Missing or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"file {path} does not exist", "a list of sentences, one a line, was expected", "")
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"file {path} is empty", "a list of sentences, one a line, was expected", "")
+    return lines

@@ -1,0 +1,93 @@
+"""One routine that turns edits into stored values: float64 arithmetic, rounded once to nearest even.
+
+The writer and anything that later applies a patch call the same function, so that both end in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsurgery.checkpoint import TensorInfo, decode, encode
+from llmsurgery.edits.kinds import LowRank, Replace, TensorEdit
+from llmsurgery.errors import DamagedError, DivergedError, SurgeryError
+
+
+def require_fit(edit: TensorEdit, info: TensorInfo) -> None:
+    """Check that an edit has the shape of its stored tensor and finite factors.
+
+    Raises:
+        SurgeryError: The shapes disagree: a method built a wrong edit, which is a bug.
+        DivergedError: A factor holds NaN or Inf.
+    """
+    if isinstance(edit, LowRank):
+        if edit.u.ndim != 2 or edit.v.ndim != 2:
+            raise SurgeryError(f"edit of {edit.name}: low-rank factors must be matrices")
+        shape = (edit.u.shape[0], edit.v.shape[1])
+        fits = shape == info.shape and edit.u.shape[1] == edit.v.shape[0]
+        arrays = (edit.u, edit.v)
+    else:
+        shape = edit.values.shape
+        fits = shape == info.shape
+        arrays = (edit.values,)
+    if not fits:
+        raise SurgeryError(f"edit of {edit.name}: shape {shape} does not fit the stored shape {info.shape}")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise DivergedError(
+            f"edit of {edit.name} holds NaN or Inf",
+            "the method diverged before its result could be written",
+            "lower the step size (--set lr=...) or train fewer steps",
+        )
+
+
+def evaluate_rows(
+    edits: Sequence[TensorEdit], raw: npt.NDArray[np.generic], info: TensorInfo, start: int, stop: int
+) -> npt.NDArray[np.generic]:
+    """Return rows `start:stop` of an edited tensor in its stored dtype.
+
+    Args:
+        edits: The edits of this tensor, applied in order; they are summed before the one rounding.
+        raw: Rows `start:stop` as stored, [stop - start, ...].
+        info: The tensor's header entry.
+        start: First row.
+        stop: One past the last row.
+
+    Raises:
+        DivergedError: The result does not fit the stored dtype (overflow).
+    """
+    values = decode(raw, info.dtype).astype(np.float64)
+    for edit in edits:
+        if isinstance(edit, LowRank):
+            values = values + edit.u[start:stop].astype(np.float64) @ edit.v.astype(np.float64)
+        elif isinstance(edit, Replace):
+            values = edit.values[start:stop].astype(np.float64)
+    result = encode(values, info.dtype)
+    if not np.isfinite(decode(result, info.dtype)).all():
+        raise DivergedError(
+            f"edit of {info.name} overflows its stored dtype {info.dtype}",
+            "a value became NaN or Inf when it was rounded",
+            "lower the step size (--set lr=...) or train fewer steps",
+        )
+    return result
+
+
+def reject_unfinished(edits: Sequence[object]) -> list[TensorEdit]:
+    """Return the in-place tensor edits; refuse kinds that the writer cannot write.
+
+    Raises:
+        DamagedError: Two edits replace the same tensor.
+        SurgeryError: An edit of a kind that has no writer.
+    """
+    result: list[TensorEdit] = []
+    replaced: set[str] = set()
+    for edit in edits:
+        if not isinstance(edit, LowRank | Replace):
+            raise SurgeryError(f"edits of kind {type(edit).__name__} cannot be written in place")
+        if isinstance(edit, Replace):
+            if edit.name in replaced:
+                raise DamagedError(f"tensor {edit.name} is replaced twice", "two edits of one method collide", "")
+            replaced.add(edit.name)
+        result.append(edit)
+    return result
