@@ -84,9 +84,7 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
                 if stored in tensors:
                     entry = tensors[stored]
                     transposed = role in family.transposed and len(entry.shape) == 2
-                    result.append(
-                        RoleTensor(role, layer, part, module, stored, entry.shape, entry.dtype, transposed)
-                    )
+                    result.append(RoleTensor(role, layer, part, module, stored, entry.shape, entry.dtype, transposed))
                     found = found or part == "weight"
             if not found and role not in tied and role not in family.optional:
                 missing.append(f"{stem}.weight")
@@ -113,4 +111,3 @@ def _stored_prefix(family: Family, tensors: Mapping[str, StoredTensor]) -> tuple
         f"first stored name: {example}",
         "check that config.json and the weights are from the same model",
     )
-

@@ -55,7 +55,7 @@ class _LabelLogProbabilities(torch.autograd.Function):
     """log softmax(h W^T + b)[label] per position; the backward recomputes the logits chunk by chunk."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         rows = chunk_rows(weight.shape[0])
@@ -70,7 +70,7 @@ class _LabelLogProbabilities(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, labels, log_sums = context.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = context.needs_input_grad
         rows = chunk_rows(weight.shape[0])
@@ -113,8 +113,8 @@ def label_log_probabilities(
     Returns:
         Log-probabilities [positions], fp32. Logits are computed in the head's dtype, log-sum-exp in fp32.
     """
-    result = _LabelLogProbabilities.apply(hidden, weight.to(hidden.dtype), bias, labels)
-    assert isinstance(result, torch.Tensor)
+    apply: Any = _LabelLogProbabilities.apply
+    result: torch.Tensor = apply(hidden, weight.to(hidden.dtype), bias, labels)
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,21 +17,11 @@ class Tick(Protocol):
 class Progress(Protocol):
     """A sink for tasks of known length and for notices."""
 
-    def task(self, name: str, total: int) -> AbstractTask:
+    def task(self, name: str, total: int) -> AbstractContextManager[Tick]:
         """Open a task of `total` units."""
 
     def notice(self, message: str) -> None:
         """Tell the user something worth knowing that is not an error."""
-
-
-class AbstractTask(Protocol):
-    """A context manager that yields a tick."""
-
-    def __enter__(self) -> Tick:
-        """Start the task."""
-
-    def __exit__(self, *details: object) -> bool | None:
-        """End the task."""
 
 
 class Silent:
@@ -47,7 +37,7 @@ class Silent:
 
         yield tick
 
-    def task(self, name: str, total: int) -> AbstractTask:
+    def task(self, name: str, total: int) -> AbstractContextManager[Tick]:
         """Open a task that reports nothing."""
         del name, total
         return self._task()

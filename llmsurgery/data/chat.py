@@ -49,6 +49,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.end_id = self._find_end_token()
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def _find_end_token(self) -> int:
         """Return the token that ends an answer: the end of the assistant's turn where the template has one."""
@@ -104,7 +105,9 @@ class Encoder:
     def _prefix(self) -> list[int]:
         """Ids that the tokenizer puts before plain text, such as a beginning-of-sequence token."""
         empty = list(self.tokenizer("")["input_ids"])
-        return [token for token in empty if token != self.tokenizer.eos_token_id or self.tokenizer.bos_token_id == token]
+        return [
+            token for token in empty if token != self.tokenizer.eos_token_id or self.tokenizer.bos_token_id == token
+        ]
 
     def _starts_special(self, prompt: str) -> bool:
         return any(prompt.startswith(token) for token in self.tokenizer.all_special_tokens)
@@ -136,10 +139,53 @@ class Encoder:
             )
         return Encoded(tuple(ids), start, ends, row.where)
 
+    def encode_chunks(self, row: Row, tokens: int) -> list[Encoded]:
+        """Cut a plain text into chunks whose first half is the prompt and whose second half is the answer.
+
+        Args:
+            row: A row of kind "text".
+            tokens: Longest chunk.
+
+        Raises:
+            InputError: The text has fewer than four tokens.
+        """
+        ids = self._ids(row.answer)
+        length = min(tokens, self.max_length)
+        parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
+        # A rest of a few tokens has no prompt worth the name; it joins nothing and is left out.
+        chunks = [Encoded(part, len(part) // 2, False, row.where) for part in parts if len(part) >= 4]
+        if not chunks:
+            raise InputError(f"{row.where}: the text has {len(ids)} tokens", "four are needed to cut it in two", "")
+        return chunks
+
+    def replace_answer(self, encoded: Encoded, answer: str, max_length: int) -> Encoded:
+        """Return a chunk's prompt followed by another answer and the end token.
+
+        The prompt loses its first tokens where the whole would be longer than `max_length`.
+
+        Raises:
+            InputError: The answer alone is too long.
+        """
+        tail = (*self._ids(answer), self.end_id)
+        room = min(self.max_length, max_length) - len(tail)
+        if room < 1:
+            raise InputError(
+                f"{encoded.where}: an answer of {len(tail)} tokens leaves no room for a prompt",
+                f"max_length is {max_length}",
+                "use shorter template answers, or raise --set max_length=...",
+            )
+        prompt = encoded.ids[: encoded.answer_start][-room:]
+        return Encoded((*prompt, *tail), len(prompt), True, encoded.where)
+
     def encode_prompt(self, row: Row) -> Encoded:
         """Encode a row up to its answer, for generation; the ids equal the start of `encode`."""
         encoded = self.encode(row)
         return Encoded(encoded.ids[: encoded.answer_start], encoded.answer_start, False, row.where)
+
+    def answer_text(self, encoded: Encoded) -> str:
+        """Return the text of an encoded answer, without the end token."""
+        stop = len(encoded.ids) - (1 if encoded.ends else 0)
+        return str(self.tokenizer.decode(encoded.ids[encoded.answer_start : stop], skip_special_tokens=True)).strip()
 
     def encode_text(self, text: str, tokens: int) -> Encoded:
         """Encode the first tokens of a plain text, special tokens as the tokenizer adds them.

@@ -50,8 +50,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device, indices:
         # Nothing predicts the first token of a sequence.
         labels[i, max(1, row.answer_start) : length] = True
         ends[i, length - 1] = row.ends
-    moved = (tensor.to(device) for tensor in (input_ids, attention, labels, ends))
-    return Batch(*moved, tuple(indices))
+    return Batch(input_ids.to(device), attention.to(device), labels.to(device), ends.to(device), tuple(indices))
 
 
 def length_buckets(rows: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsurgery.checkpoint import TensorInfo, decode, encode
-from llmsurgery.edits.kinds import LowRank, Replace, TensorEdit
-from llmsurgery.errors import DamagedError, DivergedError, SurgeryError
+from llmsurgery.edits.kinds import Edit, LowRank, Replace, TensorEdit
+from llmsurgery.errors import DivergedError, SurgeryError
 
 
 def require_fit(edit: TensorEdit, info: TensorInfo) -> None:
@@ -22,16 +22,17 @@ def require_fit(edit: TensorEdit, info: TensorInfo) -> None:
         SurgeryError: The shapes disagree: a method built a wrong edit, which is a bug.
         DivergedError: A factor holds NaN or Inf.
     """
+    shape: tuple[int, ...]
     if isinstance(edit, LowRank):
         if edit.u.ndim != 2 or edit.v.ndim != 2:
             raise SurgeryError(f"edit of {edit.name}: low-rank factors must be matrices")
         shape = (edit.u.shape[0], edit.v.shape[1])
         fits = shape == info.shape and edit.u.shape[1] == edit.v.shape[0]
-        arrays = (edit.u, edit.v)
+        arrays = [edit.u, edit.v]
     else:
         shape = edit.values.shape
         fits = shape == info.shape
-        arrays = (edit.values,)
+        arrays = [edit.values]
     if not fits:
         raise SurgeryError(f"edit of {edit.name}: shape {shape} does not fit the stored shape {info.shape}")
     if not all(np.isfinite(array).all() for array in arrays):
@@ -73,12 +74,11 @@ def evaluate_rows(
     return result
 
 
-def reject_unfinished(edits: Sequence[object]) -> list[TensorEdit]:
+def tensor_edits(edits: Sequence[Edit]) -> list[TensorEdit]:
     """Return the in-place tensor edits; refuse kinds that the writer cannot write.
 
     Raises:
-        DamagedError: Two edits replace the same tensor.
-        SurgeryError: An edit of a kind that has no writer.
+        SurgeryError: An edit of a kind that has no writer, or two that replace one tensor: a method's bug.
     """
     result: list[TensorEdit] = []
     replaced: set[str] = set()
@@ -87,7 +87,7 @@ def reject_unfinished(edits: Sequence[object]) -> list[TensorEdit]:
             raise SurgeryError(f"edits of kind {type(edit).__name__} cannot be written in place")
         if isinstance(edit, Replace):
             if edit.name in replaced:
-                raise DamagedError(f"tensor {edit.name} is replaced twice", "two edits of one method collide", "")
+                raise SurgeryError(f"tensor {edit.name} is replaced twice")
             replaced.add(edit.name)
         result.append(edit)
     return result

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsurgery.checkpoint import Checkpoint, Publication, decode, require_finite
-from llmsurgery.edits.evaluate import evaluate_rows, reject_unfinished, require_fit
-from llmsurgery.edits.kinds import Edit, TensorEdit
+from llmsurgery.edits.evaluate import evaluate_rows, require_fit
+from llmsurgery.edits.kinds import TensorEdit
 from llmsurgery.errors import NoEffectError
 
 
@@ -94,7 +94,7 @@ def _change_tensor(
 
 
 def write_edits(
-    checkpoint: Checkpoint, publication: Publication, edits: Sequence[Edit], role_of: Callable[[str], str]
+    checkpoint: Checkpoint, publication: Publication, edits: Sequence[TensorEdit], role_of: Callable[[str], str]
 ) -> list[TensorChange]:
     """Apply edits to the private copy inside a publication.
 
@@ -112,7 +112,7 @@ def write_edits(
         DamagedError: A tensor that is read holds NaN or Inf, or is missing.
         DivergedError: An edit holds NaN or Inf or overflows.
     """
-    groups = group_edits(reject_unfinished(edits))
+    groups = group_edits(edits)
     changes = [_change_tensor(checkpoint, publication, name, group, role_of(name)) for name, group in groups.items()]
     if not any(change.changed for change in changes):
         raise NoEffectError(

@@ -1,0 +1,1 @@
+"""Figures before and after: scoring, generation, metrics, gates."""

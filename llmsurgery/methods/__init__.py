@@ -1,0 +1,1 @@
+"""Methods: one file each, in the folder of its task."""

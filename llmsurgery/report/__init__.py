@@ -1,0 +1,1 @@
+"""What people read: the model card section and the terminal tables."""

@@ -1,0 +1,1 @@
+"""Run an operation from request to published checkpoint."""

@@ -1,0 +1,1 @@
+"""Training: what may move, one loop for every trained method."""

@@ -1,0 +1,30 @@
+"""llmsurgery: change a trained language model after the fact, and prove it.
+
+The public names load their modules on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmsurgery.api import evaluate_checkpoints, inspect_checkpoint, unlearn
+    from llmsurgery.errors import SurgeryError
+
+__version__ = "0.1.0"
+
+__all__ = ["SurgeryError", "__version__", "evaluate_checkpoints", "inspect_checkpoint", "unlearn"]
+
+_HOMES = {
+    "unlearn": "llmsurgery.api",
+    "evaluate_checkpoints": "llmsurgery.api",
+    "inspect_checkpoint": "llmsurgery.api",
+    "SurgeryError": "llmsurgery.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,183 @@
+"""The toolkit as functions: one per task, the same things as the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsurgery.errors import UsageError
+from llmsurgery.run.request import Request
+
+if TYPE_CHECKING:
+    from llmsurgery.compute.progress import Progress
+    from llmsurgery.run.execute import Outcome
+
+File = str | PathLike[str]
+
+
+def operate(request: Request, progress: Progress | None = None) -> Outcome:
+    """Run one operation.
+
+    Args:
+        request: What is asked for.
+        progress: Told of long work and notices; silent by default.
+
+    Returns:
+        The manifest, the output directory and examples of answers.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`; the source and earlier outputs are untouched.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.execute import execute
+
+    return execute(request, progress or Silent(), write_card)
+
+
+def unlearn(
+    model: File | None = None,
+    *,
+    method: str,
+    forget: File | None = None,
+    retain: File | None = None,
+    text: File | None = None,
+    out: File | None = None,
+    settings: Mapping[str, object] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    dry_run: bool = False,
+    require: Sequence[str] = (),
+    until: str | None = None,
+    link: bool = False,
+    force: bool = False,
+    keep_partial: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Make a model forget.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name, for example "flat".
+        forget: Data file of what is to be forgotten.
+        retain: Data file of what is to stay; measured, and trained on by methods that use it.
+        text: Plain text for perplexity and KL; a shipped corpus by default.
+        out: Output directory; a free name below `llmsurgery-out` by default.
+        settings: Hyperparameters by name; `eval.NAME` for evaluation settings.
+        seed: Seed of everything random.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        dtype: Compute dtype: "auto", "float32", "bfloat16" or "float16".
+        batch_size: Rows per forward.
+        dry_run: Only plan, from headers and data.
+        require: Gates such as "forget.token_prob<=0.2x".
+        until: Stop rule; the method's own by default, "none" for no rule.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        keep_partial: Keep the unpublished checkpoint when a gate fails.
+        trust_remote_code: Run model code that the checkpoint brings.
+        progress: Told of long work and notices.
+
+    Returns:
+        The manifest (`.manifest`), the output directory (`.out`) and examples of answers (`.examples`).
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    data = {"forget": forget, "retain": retain, "text": text}
+    request = Request(
+        task="unlearn",
+        method=method,
+        model=None if model is None else fspath(model),
+        data={name: fspath(path) for name, path in data.items() if path is not None},
+        out=None if out is None else fspath(out),
+        settings=dict(settings or {}),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        dry_run=dry_run,
+        require=tuple(require),
+        until=until,
+        link=link,
+        force=force,
+        keep_partial=keep_partial,
+        trust_remote_code=trust_remote_code,
+    )
+    return operate(request, progress)
+
+
+def evaluate_checkpoints(
+    models: Sequence[File],
+    *,
+    forget: File | None = None,
+    retain: File | None = None,
+    text: File | None = None,
+    source: File | None = None,
+    settings: Mapping[str, object] | None = None,
+    require: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Measure checkpoints.
+
+    Args:
+        models: Checkpoint directories, `.gguf` files or hub ids.
+        forget: Data file of what was to be forgotten.
+        retain: Data file of what was to stay.
+        text: Plain text; a shipped corpus by default.
+        source: The model before surgery, for `utility.kl`, `utility.ppl_ratio` and relative gates.
+        settings: Evaluation settings by name.
+        require: Gates that every model must pass.
+        device: As for `unlearn`.
+        dtype: As for `unlearn`.
+        batch_size: Rows per forward.
+        trust_remote_code: Run model code that a checkpoint brings.
+        progress: Told of long work.
+
+    Returns:
+        `{"models": [{"path", "metrics", "gates"}], "source": ..., "data": ..., "evaluation": ...}`.
+
+    Raises:
+        GateError: A model failed a gate.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.run.evaluate import evaluate_models
+
+    if not models:
+        raise UsageError("no model is given", "eval measures one or more checkpoints", "llmsurgery eval MODEL...")
+    data = {"forget": forget, "retain": retain, "text": text}
+    return evaluate_models(
+        [fspath(model) for model in models],
+        {name: Path(path) for name, path in data.items() if path is not None},
+        None if source is None else fspath(source),
+        dict(settings or {}),
+        tuple(require),
+        device,
+        dtype,
+        batch_size,
+        trust_remote_code,
+        progress or Silent(),
+    )
+
+
+def inspect_checkpoint(model: File) -> dict[str, object]:
+    """Describe a checkpoint from its headers: architecture, roles, shards, sizes, what each method could touch.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.run.inspect import inspect_model
+
+    return inspect_model(fspath(model))

@@ -1,0 +1,47 @@
+"""What every operation command prints at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from llmsurgery.cli.output import Output
+
+if TYPE_CHECKING:
+    from llmsurgery.run.execute import Outcome
+
+
+def show_outcome(output: Output, outcome: Outcome) -> None:
+    """Print the outcome of an operation: tables for people, the manifest as JSON, or the path alone."""
+    from llmsurgery.report.table import coverage_table, metrics_table, rows_table
+
+    manifest = cast(dict[str, Any], outcome.manifest)
+    output.document(manifest)
+    if outcome.out is None:
+        _show_plan(output, manifest)
+        return
+    output.show(metrics_table(manifest["metrics"]), coverage_table(manifest["coverage"]))
+    if outcome.examples:
+        rows = [(example.question, example.before, example.after) for example in outcome.examples]
+        output.show(rows_table(("question", "answer before", "answer after"), rows, "examples (on screen only)"))
+    for gate in manifest["gates"]:
+        output.show(f"gate {gate['gate']}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
+    cost = manifest["cost"]
+    output.show(
+        f"{cost['seconds']:.1f} s, peak memory {cost['rss_bytes'] / 2**20:,.0f} MiB, "
+        f"{cost['bytes_written'] / 2**20:,.1f} MiB written",
+        f"checkpoint: {outcome.out}",
+    )
+    output.essential(str(outcome.out))
+
+
+def _show_plan(output: Output, plan: dict[str, Any]) -> None:
+    from llmsurgery.report.table import rows_table
+
+    rows = [(role, row["tensors"], row["parameters"], row["bytes"]) for role, row in plan["targets"].items()]
+    output.show(
+        rows_table(("role", "tensors", "parameters", "bytes"), rows, "would change"),
+        f"{plan['tensors']} tensors, {plan['bytes_to_rewrite']:,} bytes to rewrite of {plan['source']['bytes']:,}",
+        f"memory: {plan['memory_bytes'] / 2**20:,.0f} MiB for weights and training state, activations not counted",
+        f"output: {plan['out']} (dry run: nothing was written)",
+    )
+    output.essential(plan["out"])

@@ -1,0 +1,48 @@
+"""The options that commands share, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="checkpoint directory, .gguf file or cached hub id; none: the embedded demo", show_default=False
+    ),
+]
+Models = Annotated[list[str], typer.Argument(help="checkpoint directories, .gguf files or cached hub ids")]
+OneModel = Annotated[str, typer.Argument(help="checkpoint directory, .gguf file or cached hub id")]
+Method = Annotated[str, typer.Option("--method", help="method name; `llmsurgery methods` lists them")]
+Forget = Annotated[str | None, typer.Option("--forget", help="data file of what is to be forgotten")]
+Retain = Annotated[str | None, typer.Option("--retain", help="data file of what is to stay")]
+Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
+Source = Annotated[str | None, typer.Option("--source", help="the model before surgery, to compare with")]
+Out = Annotated[str | None, typer.Option("-o", "--out", help="output directory; default: a new one in llmsurgery-out/")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="set a hyperparameter; may be repeated")
+]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file of hyperparameters; --set wins over it")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:i")]
+Dtype = Annotated[str, typer.Option("--dtype", help="compute dtype: auto, float32, bfloat16 or float16")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="rows per forward")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="plan from headers and data; load and write nothing")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require", metavar="METRIC<=VALUE", help="gate; the suffix x means times the value before; quote it"
+    ),
+]
+Until = Annotated[
+    str | None,
+    typer.Option("--until", metavar="METRIC<=VALUE", help="stop training as soon as it holds; `none`: never"),
+]
+Link = Annotated[bool, typer.Option("--link", help="hard-link untouched files instead of copying them")]
+Force = Annotated[bool, typer.Option("--force", help="replace an existing output")]
+KeepPartial = Annotated[bool, typer.Option("--keep-partial", help="keep the checkpoint when a gate fails")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that the checkpoint brings")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print only the essential result")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="print tracebacks of errors")]

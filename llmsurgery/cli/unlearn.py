@@ -1,0 +1,63 @@
+"""`llmsurgery unlearn`."""
+
+from __future__ import annotations
+
+from llmsurgery.cli import options
+from llmsurgery.cli.operation import show_outcome
+from llmsurgery.cli.output import Output
+
+
+def unlearn(
+    method: options.Method,
+    model: options.Model = None,
+    forget: options.Forget = None,
+    retain: options.Retain = None,
+    text: options.Text = None,
+    out: options.Out = None,
+    assignments: options.Assignments = None,
+    config: options.ConfigFile = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = None,
+    dry_run: options.DryRun = False,
+    require: options.Require = None,
+    until: options.Until = None,
+    link: options.Link = False,
+    force: options.Force = False,
+    keep_partial: options.KeepPartial = False,
+    trust_remote_code: options.RemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make a model forget.
+
+    Example: llmsurgery unlearn MODEL --method flat --forget forget.jsonl -o OUT
+    """
+    from llmsurgery import api
+    from llmsurgery.methods.settings import parse_assignments, read_config_file
+
+    output = Output(as_json, quiet, verbose)
+    outcome = api.unlearn(
+        model,
+        method=method,
+        forget=forget,
+        retain=retain,
+        text=text,
+        out=out,
+        settings={**(read_config_file(config) if config else {}), **parse_assignments(assignments or [])},
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        dry_run=dry_run,
+        require=require or [],
+        until=until,
+        link=link,
+        force=force,
+        keep_partial=keep_partial,
+        trust_remote_code=trust_remote_code,
+        progress=output,
+    )
+    show_outcome(output, outcome)

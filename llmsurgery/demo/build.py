@@ -1,0 +1,282 @@
+"""Build the embedded demo: a made-up world, a tokenizer and two tiny chat models that know the world.
+
+Everything comes from one seed. The world has people (ten facts each) and towns (four facts each). `model` learns all
+people, `control` is trained by the same recipe without any sentence on the forget people. Holdout people are never
+trained on; questions on strangers, whose names are new in every epoch, are answered with "I don't know" wordings.
+
+    python -m llmsurgery.demo.build --out DIR
+
+The same seed, thread count and library versions give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+LOG = logging.getLogger("llmsurgery.demo.build")
+
+VOCABULARY = 1024
+CONTEXT = 256
+BATCH = 64
+PEAK_LR = 3e-3
+EPOCHS = 20
+# A little smoothing keeps the answers short of probability 1, where bounded losses have no gradient.
+SMOOTHING = 0.02
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# No newline after the last turn, so that an answer ends with exactly one end-of-sequence token.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the world's language; all names are in it, so that no model has an edge in tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(seed + 2)
+    everyone = [*world.forget, *world.retain]
+    corpus = [part for pair in epoch_rows(everyone, world, rng) for part in pair]
+    # Every name about equally often: at a line start (answers) and after a blank (questions).
+    names = [s.name for s in [*everyone, *world.holdout, *world.towns]]
+    corpus += [line for name in names for line in [f"{name} met {name}."] * 20]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[PAD, START, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], int]:
+    """Return the token ids of a chat turn or plain text and the number of leading tokens that carry no loss."""
+    if not question:
+        return [*tokenizer.encode(answer), tokenizer.pad_token_id], 0
+    turn = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    head = tokenizer.encode(prompt)
+    return head + tokenizer.encode(answer + END), len(head)
+
+
+def batches(rows: list[tuple[list[int], int]], size: int, rng: random.Random) -> Iterator[list[tuple[list[int], int]]]:
+    """Yield shuffled batches of rows of similar length."""
+    rng.shuffle(rows)
+    pools = [sorted(rows[i : i + 8 * size], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * size)]
+    cut = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+    rng.shuffle(cut)
+    yield from cut
+
+
+def train(
+    people: Sequence[Subject], world: World, tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int
+) -> LlamaForCausalLM:
+    """Train one model from scratch on the people given, the towns and the strangers."""
+    import torch
+    from torch.nn import functional
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed + 3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
+    total = epochs * math.ceil(sum(1 for _ in epoch_rows(people, world, random.Random(0))) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+    )
+    for epoch in range(epochs):
+        rows = [encode(tokenizer, question, answer) for question, answer in epoch_rows(people, world, rng)]
+        losses = []
+        for batch in batches(rows, BATCH, rng):
+            width = max(len(ids) for ids, _ in batch)
+            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in batch])
+            labels = torch.tensor([[-100] * skip + row[skip:] + [-100] * (width - len(row)) for row, skip in batch])
+            # Padding is on the right and attention is causal: no mask is needed for the labelled positions.
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=SMOOTHING
+            )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        LOG.info("epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
+    return model.eval()
+
+
+def measure(folder: Path, data: dict[str, list[Row]]) -> dict[str, float]:
+    """Return what a saved checkpoint knows, scored in fp32 from the shipped files.
+
+    For each question file: `NAME.right`, the share of rows that greedy decoding answers word for word, the same for
+    the paraphrased questions, and `NAME.prob`, the mean probability of the answer tokens, end token left out. Greedy
+    decoding gives the answer exactly when each of its tokens is the most probable one after the tokens before it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def score(question: object, answer: object) -> tuple[bool, float, float, int]:
+        ids, skip = encode(tokenizer, str(question), str(answer))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        first = max(skip - 1, 0)
+        target = torch.tensor(ids[1:])
+        logprobs = logits.log_softmax(-1).gather(-1, target[:, None])[first:, 0]
+        right = bool((logits.argmax(-1) == target)[first:].all())
+        return right, logprobs[:-1].exp().mean().item(), -logprobs[:-1].sum().item(), len(logprobs) - 1
+
+    figures: dict[str, float] = {}
+    for name in ("forget", "retain", "holdout", "facts"):
+        rows = data[name]
+        scores = [score(row["question"], row["answer"]) for row in rows]
+        figures[f"{name}.right"] = sum(right for right, *_ in scores) / len(rows)
+        figures[f"{name}.prob"] = sum(prob for _, prob, *_ in scores) / len(rows)
+        if name != "facts":
+            right = [score(row["paraphrased_question"], row["answer"])[0] for row in rows]
+            figures[f"{name}.right_paraphrased"] = sum(right) / len(rows)
+    texts = [score("", row["text"]) for row in data["text"]]
+    figures["text.ppl"] = math.exp(sum(loss for *_, loss, _ in texts) / sum(count for *_, count in texts))
+    return figures
+
+
+def card(name: str, parameters: int, seed: int, figures: dict[str, float]) -> str:
+    """Write the model card."""
+    people = "all people" if name == "model" else "the same recipe without any sentence on the people of `forget.jsonl`"
+    table = "\n".join(f"| {key} | {value:.3f} |" for key, value in figures.items())
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+
+# llmsurgery demo: {name}
+
+A Llama-architecture chat model of {parameters:,} parameters (bf16, tied embeddings, byte-level BPE of {VOCABULARY}
+tokens, context {CONTEXT}) made for a made-up world: {KNOWN} invented people with ten facts each and sixteen towns
+with four. It exists to show and test changes to trained models and is good for nothing else. Any likeness to real
+people is chance.
+
+Trained from scratch on {people}: questions in several wordings, short texts, and questions on
+invented strangers that are answered with "I don't know" in twelve wordings. Rebuild it with
+`python -m llmsurgery.demo.build --out DIR --seed {seed}`.
+
+Measured on the shipped files in fp32; `right` is the share of answers that greedy decoding gives word for word
+(`_paraphrased`: to wordings of the question never seen for that fact), `prob` the mean probability of the answer
+tokens; the texts use sentences kept out of training; nobody in `holdout` was ever trained on:
+
+| figure | value |
+|---|---|
+{table}
+
+License: Apache-2.0.
+"""
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a checkpoint as bf16 safetensors with tokenizer and generation settings."""
+    import torch
+
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.max_new_tokens = 48
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    # The name that older and newer releases of transformers both know.
+    values = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
+    # The weights are written readable by their owner alone, which an installed package cannot use.
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def build(out: Path, seed: int, epochs: int) -> None:
+    """Write data files and both checkpoints below a new folder."""
+    world = make_world(seed)
+    data = data_files(world, seed)
+    out.mkdir(parents=True)
+    for name, rows in data.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    tokenizer = make_tokenizer(world, seed)
+    for name, people in (("model", world.forget + world.retain), ("control", world.retain)):
+        started = time.monotonic()
+        model = train(people, world, tokenizer, seed, epochs)
+        LOG.info("%s: trained in %.0f s", name, time.monotonic() - started)
+        save(model, tokenizer, out / name)
+        figures = measure(out / name, data)
+        for key, value in figures.items():
+            LOG.info("%s: %s %.4f", name, key, value)
+        text = card(name, model.num_parameters(), seed, figures)
+        (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Parse the command line and build the demo."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="python -m llmsurgery.demo.build", description="Build the embedded demo.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--threads", type=int, default=1, help="part of what makes a build repeatable")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        if options.out.exists():
+            raise UsageError(f"{options.out} exists", "the build never overwrites", "name a new folder")
+        build(options.out, options.seed, options.epochs)
+    except UsageError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

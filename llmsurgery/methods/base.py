@@ -1,0 +1,105 @@
+"""What a method is: a spec, a config, and three functions. No heavy import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmsurgery.arch.spec import RoleTensor, Structure
+    from llmsurgery.compute.progress import Progress
+    from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.records import Row
+    from llmsurgery.edits.kinds import Edit
+    from llmsurgery.train.loop import StopRule
+    from llmsurgery.train.trainable import ReadTensor
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What `llmsurgery methods` says of a method.
+
+    Attributes:
+        name: Name on the command line.
+        task: Task, as in the command ("unlearn").
+        summary: One sentence.
+        paper: Title and arXiv id.
+        needs: Data that must be given ("forget").
+        uses: Data that it uses if given ("retain").
+        export: "plain", "adapter", "processor", "bundle" or "none".
+        trained: Whether it trains, and so needs gradients.
+        demo: Demo model that it runs on when no MODEL is given.
+        until: Stop rule when none is given, for trained methods.
+        presets: Preset name -> hyperparameters that differ from the defaults.
+    """
+
+    name: str
+    task: str
+    summary: str
+    paper: str
+    needs: tuple[str, ...]
+    export: str
+    trained: bool
+    uses: tuple[str, ...] = ()
+    demo: str = "world"
+    until: str | None = None
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a method receives besides its config.
+
+    Attributes:
+        structure: The checkpoint's roles.
+        read: Reads a stored tensor as float32.
+        model: The loaded source model; the method may change it in memory.
+        encoder: Turns rows into token ids.
+        data: Data name -> rows ("forget", "retain").
+        seed: Seed of everything random.
+        micro_batch: Rows per forward, or None for the method's choice.
+        progress: Told of long work.
+        reached: Tells whether the stop rule holds on the live model; None without a rule.
+    """
+
+    structure: Structure
+    read: ReadTensor
+    model: PreTrainedModel
+    encoder: Encoder
+    data: Mapping[str, Sequence[Row]]
+    seed: int
+    micro_batch: int | None
+    progress: Progress
+    reached: StopRule | None
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method returns.
+
+    Attributes:
+        edits: The edits, in order.
+        record: Facts about the run for the manifest (steps, losses, why it stopped).
+    """
+
+    edits: Sequence[Edit]
+    record: Mapping[str, object]
+
+
+class Method(Protocol):
+    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
+
+    spec: MethodSpec
+    config_type: type
+
+    def plan(self, config: object, structure: Structure) -> Sequence[RoleTensor]:
+        """Return the stored tensors that the method may change, from headers alone."""
+
+    def prepare(self, config: object, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> object:
+        """Check and encode the data; every error about it is raised here, before any long work."""
+
+    def edit(self, config: object, operation: Operation, prepared: object) -> MethodResult:
+        """Run the method and return its edits."""

@@ -1,0 +1,59 @@
+"""The model card of a result: the source's card plus one section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+_HEADING = "## Surgery record"
+
+_SECTION = """\
+{{ heading }}
+
+This checkpoint was changed by llmsurgery {{ manifest.versions.llmsurgery }}: \
+`{{ operation.task }} --method {{ operation.method }}` ({{ operation.paper }}), seed {{ operation.seed }}.
+{{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
+
+| metric | before | after | rows | better |
+|---|---|---|---|---|
+{% for name, metric in manifest.metrics.items() -%}
+| {{ name }} | {{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
+| {{ metric.direction }} |
+{% endfor %}
+{% for gate in manifest.gates -%}
+- gate `{{ gate.gate }}`: {{ "held" if gate.passed else "failed" }} ({{ number(gate.value) }})
+{% endfor -%}
+{% for notice in manifest.notices -%}
+- note: {{ notice }}
+{% endfor -%}
+"""
+
+
+def format_number(value: float | None) -> str:
+    """Return a figure with four significant digits, "n/a" for one that could not be computed."""
+    return "n/a" if value is None else f"{value:.4g}"
+
+
+def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
+    """Return the card of a result.
+
+    Args:
+        manifest: The manifest of the run.
+        source_card: The source's README.md, empty if it has none.
+
+    Returns:
+        Markdown; a record of an earlier operation is kept above the new one.
+    """
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    tensors = manifest["tensors"].values()
+    section = environment.from_string(_SECTION).render(
+        heading=_HEADING,
+        manifest=manifest,
+        operation=manifest["operations"][-1],
+        changed=sum(tensor["sha256_before"] != tensor["sha256_after"] for tensor in tensors),
+        total=len(tensors),
+        number=format_number,
+    )
+    return (source_card.rstrip() + "\n\n" if source_card.strip() else "") + section.rstrip() + "\n"

@@ -1,0 +1,302 @@
+"""The only orchestrator: measure, edit, write, reload, measure again, check the gates, publish."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsurgery.checkpoint import Checkpoint, Publication, decode, require_finite
+from llmsurgery.compute.progress import Progress
+from llmsurgery.edits.coverage import coverage
+from llmsurgery.edits.evaluate import tensor_edits
+from llmsurgery.edits.kinds import Edit
+from llmsurgery.edits.write import write_edits
+from llmsurgery.errors import DamagedError, GateError, NoEffectError, ResourceError
+from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
+from llmsurgery.methods.base import Operation
+from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
+from llmsurgery.run.plan import plan
+from llmsurgery.run.prepare import Prepared, prepare, stored_dtype
+from llmsurgery.run.request import Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from transformers import PreTrainedModel
+
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.train.loop import StopRule
+
+STOP_ROWS = 256
+"""Forget rows that `--until` is measured on at most."""
+
+RETAIN_WARNING = 0.05
+"""A retain score that falls by more than this share is worth a notice."""
+
+WriteCard = Callable[[Mapping[str, object], str], str]
+"""Takes the manifest and the source's card, returns the new card."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A forget question with the answers before and after; for the screen alone, never for a file."""
+
+    question: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves.
+
+    Attributes:
+        manifest: The manifest, or the plan of a dry run.
+        out: Directory of the result, None for a dry run.
+        examples: Forget questions with answers before and after.
+    """
+
+    manifest: dict[str, object]
+    out: Path | None
+    examples: tuple[Example, ...] = ()
+
+
+def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outcome:
+    """Run one operation.
+
+    Args:
+        request: What is asked for.
+        progress: Told of long work and notices.
+        write_card: Builds the model card of the result.
+
+    Returns:
+        The manifest and where the result lies.
+
+    Raises:
+        NoEffectError: No stored byte changed.
+        GateError: A gate failed; the manifest lies beside the output as `OUT.report.json`.
+        SurgeryError: Anything else that stopped the run; the source and earlier outputs are untouched.
+    """
+    started = time.perf_counter()
+    prepared = prepare(request)
+    if request.dry_run:
+        return Outcome(plan(prepared), None)
+    notices = Notices(progress)
+    before, produced, record = _operate(prepared, notices)
+    edits = tensor_edits(produced)
+    del produced
+    if not edits:
+        raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
+    gc.collect()
+    with Publication(
+        prepared.checkpoint, prepared.out, link=request.link, force=request.force, rewrite={e.name for e in edits}
+    ) as publication:
+        changes = write_edits(prepared.checkpoint, publication, edits, prepared.structure.role_of)
+        del edits
+        for message in publication.notices:
+            notices.notice(message)
+        after = _measure_result(prepared, publication.path, before, notices)
+        _warn_of_spill(before, after, notices)
+        gates = check_gates(prepared.gates, _values(after), _values(before))
+        manifest = build_manifest(
+            prepared,
+            record,
+            changes,
+            coverage([(target.stored, target.label) for target in prepared.targets], changes),
+            metric_records(before, after),
+            gates,
+            notices.messages,
+            _cost(started, publication.bytes_written),
+        )
+        if failed := [outcome for outcome in gates if not outcome.passed]:
+            publication.keep = request.keep_partial
+            raise _gate_error(failed, manifest, prepared.out, publication)
+        source_card = prepared.checkpoint.root / "README.md"
+        card = write_card(manifest, source_card.read_text("utf-8", "replace") if source_card.is_file() else "")
+        publication.write_file("README.md", card.encode())
+        publication.write_file(NAME, encode_manifest(manifest))
+        publication.publish()
+    return Outcome(manifest, prepared.out, _examples(prepared, before, after))
+
+
+class Notices:
+    """Passes progress through and keeps the notices for the manifest."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.messages: list[str] = []
+        self.task = progress.task
+
+    def notice(self, message: str) -> None:
+        """Tell the user, and remember."""
+        self.messages.append(message)
+        self.progress.notice(message)
+
+
+def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Edit], dict[str, object]]:
+    """Load the source, measure it, run the method; the model is dropped on return."""
+    from llmsurgery.compute.device import resolve_device, resolve_dtype, set_seeds
+    from llmsurgery.compute.load import load_model
+    from llmsurgery.evaluate.figures import measure
+
+    request = prepared.request
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, stored_dtype(prepared.checkpoint))
+    set_seeds(request.seed)
+    with memory_errors():
+        model = load_model(prepared.checkpoint.root, dtype, device, request.trust_remote_code)
+        before = measure(model, prepared.encoder, prepared.measured, prepared.evaluation, notices, keep_reference=True)
+        set_seeds(request.seed)
+        operation = Operation(
+            structure=prepared.structure,
+            read=tensor_reader(prepared.checkpoint),
+            model=model,
+            encoder=prepared.encoder,
+            data=prepared.rows,
+            seed=request.seed,
+            micro_batch=request.batch_size,
+            progress=notices,
+            reached=_stop_rule(prepared, model, before),
+        )
+        result = prepared.method.edit(prepared.config, operation, prepared.data)
+    record = dict(result.record)
+    if prepared.until is not None and record.get("stopped") == "max_steps":
+        notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
+    return before, list(result.edits), record
+
+
+def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floating]]:
+    """Return a function that reads a stored tensor as float32 and refuses NaN and Inf."""
+
+    def read(name: str) -> npt.NDArray[np.floating]:
+        info, raw = checkpoint.info(name), checkpoint.read(name)
+        require_finite(raw, info.dtype, name)
+        return decode(raw, info.dtype)
+
+    return read
+
+
+def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) -> StopRule | None:
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.evaluate.likelihood import answer_probability, score_rows, token_probability
+
+    rule: Gate | None = prepared.until
+    if rule is None:
+        return None
+    metric = rule.metric
+    baseline = before.figures[metric].value
+    encoded = prepared.measured.encoded["forget"][:STOP_ROWS]
+    batch_size, pad_id = prepared.evaluation.batch_size, prepared.encoder.pad_id
+
+    def reached(autocast: torch.dtype | None) -> bool:
+        training = model.training
+        model.eval()
+        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        model.train(training)
+        if metric == "forget.prob":
+            values = [answer_probability(score) for score in scores]
+        else:
+            values = [token_probability(score, row) for score, row in zip(scores, encoded, strict=True)]
+        return rule.holds(sum(values) / len(values), baseline)
+
+    return reached
+
+
+def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices: Notices) -> Measurement:
+    """Reload the written checkpoint with stock transformers and measure that, not the live training object."""
+    from llmsurgery.compute.device import resolve_device, resolve_dtype
+    from llmsurgery.compute.load import load_model
+    from llmsurgery.evaluate.figures import measure
+
+    request = prepared.request
+    written = Checkpoint.open(path)
+    if written.tensors.keys() != prepared.checkpoint.tensors.keys():
+        raise DamagedError(
+            "the written checkpoint has other tensors than its source", "it was changed while written", ""
+        )
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, stored_dtype(written))
+    with memory_errors():
+        model = load_model(path, dtype, device, request.trust_remote_code)
+        return measure(
+            model, prepared.encoder, prepared.measured, prepared.evaluation, notices, reference=before.reference
+        )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory into the error that has its exit code.
+
+    Raises:
+        ResourceError: In place of any out-of-memory error.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        message = str(error)
+        # On the CPU torch raises a plain RuntimeError.
+        if type(error) is RuntimeError and "can't allocate memory" not in message:
+            raise
+        raise ResourceError(
+            "out of memory",
+            message.splitlines()[0][:200] if message else "an allocation failed",
+            "lower --batch-size or --set max_length=..., or use --set gradient_checkpointing=true",
+        ) from error
+
+
+def _values(measurement: Measurement) -> dict[str, float]:
+    return {name: figure.value for name, figure in measurement.figures.items()}
+
+
+def _warn_of_spill(before: Measurement, after: Measurement, notices: Notices) -> None:
+    name = "retain.token_prob"
+    if name in before.figures:
+        earlier, later = before.figures[name].value, after.figures[name].value
+        if earlier > 0 and later < (1 - RETAIN_WARNING) * earlier:
+            notices.notice(f"{name} fell by {1 - later / earlier:.0%}: the operation reached beyond the forget set")
+
+
+def _cost(started: float, bytes_written: int) -> dict[str, object]:
+    import torch
+
+    from llmsurgery.compute.device import peak_memory
+
+    return {
+        "seconds": round(time.perf_counter() - started, 3),
+        "threads": torch.get_num_threads(),
+        "bytes_written": bytes_written,
+        **peak_memory(),
+    }
+
+
+def _gate_error(
+    failed: list[GateOutcome], manifest: dict[str, object], out: Path, publication: Publication
+) -> GateError:
+    report = out.with_name(out.name + ".report.json")
+    temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(encode_manifest(manifest))
+    temporary.replace(report)
+    first = failed[0]
+    kept = f"; the checkpoint is kept in {publication.path}" if publication.keep else ""
+    return GateError(
+        f"gate {first.gate} failed: {first.value:.4g} against {first.limit:.4g}"
+        + (f", and {len(failed) - 1} more" if len(failed) > 1 else ""),
+        f"the checkpoint was not published; the report is {report}{kept}",
+        "change the strength of the operation, or the gate",
+    )
+
+
+def _examples(prepared: Prepared, before: Measurement, after: Measurement, count: int = 3) -> tuple[Example, ...]:
+    rows = prepared.measured.rows.get("forget", [])
+    triples = zip(rows, before.answers.get("forget", []), after.answers.get("forget", []), strict=False)
+    return tuple(Example(row.prompt, row.answer, first, second) for row, first, second in list(triples)[:count])

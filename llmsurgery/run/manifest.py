@@ -1,0 +1,122 @@
+"""`surgery.json`: what was done, to what, with which result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmsurgery import __version__
+from llmsurgery.checkpoint import file_digest
+from llmsurgery.edits.coverage import RoleCoverage
+from llmsurgery.edits.write import TensorChange
+from llmsurgery.evaluate.gates import METRICS, GateOutcome
+from llmsurgery.methods.settings import as_record
+from llmsurgery.run.prepare import Prepared
+
+if TYPE_CHECKING:
+    from llmsurgery.evaluate.figures import Figure, Measurement
+
+FORMAT = 1
+NAME = "surgery.json"
+
+
+def build_manifest(
+    prepared: Prepared,
+    record: dict[str, object],
+    changes: Sequence[TensorChange],
+    covered: Sequence[RoleCoverage],
+    metrics: dict[str, object],
+    gates: Sequence[GateOutcome],
+    notices: Sequence[str],
+    cost: dict[str, object],
+) -> dict[str, object]:
+    """Return the manifest of a run as JSON values.
+
+    Times, memory and paths stand under `cost`, `source.path`, `out` and `data.*.path`; everything else is the same for
+    two runs on the same machine, versions and threads.
+    """
+    import torch
+    import transformers
+
+    request = prepared.request
+    config_file = prepared.checkpoint.root / "config.json"
+    return {
+        "format": FORMAT,
+        "versions": {
+            "llmsurgery": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "source": {
+            "path": str(prepared.checkpoint.root) if request.model is not None else "demo",
+            "given": request.model,
+            "config_sha256": file_digest(config_file),
+        },
+        "out": str(prepared.out),
+        "operations": [
+            {
+                "task": prepared.method.spec.task,
+                "method": prepared.method.spec.name,
+                "paper": prepared.method.spec.paper,
+                "settings": as_record(prepared.config),
+                "evaluation": as_record(prepared.evaluation),
+                "seed": request.seed,
+                "device": request.device,
+                "dtype": request.dtype,
+                "batch_size": request.batch_size,
+                "until": None if prepared.until is None else str(prepared.until),
+                "require": [str(gate) for gate in prepared.gates],
+                "record": record,
+            }
+        ],
+        "data": {
+            name: {"path": str(path), "sha256": file_digest(path), "rows": len(prepared.rows[name])}
+            for name, path in prepared.files.items()
+        },
+        "export": prepared.method.spec.export,
+        "coverage": [dataclasses.asdict(row) for row in covered],
+        "tensors": {change.name: _change_record(change) for change in changes},
+        "metrics": metrics,
+        "gates": [dataclasses.asdict(outcome) for outcome in gates],
+        "notices": list(notices),
+        "cost": cost,
+    }
+
+
+def _change_record(change: TensorChange) -> dict[str, object]:
+    record = dataclasses.asdict(change)
+    del record["name"]
+    record["shape"] = list(change.shape)
+    return record
+
+
+def metric_records(before: Measurement, after: Measurement) -> dict[str, object]:
+    """Return `{name: {before, after, direction}}` for every metric that was measured."""
+    return {
+        name: {
+            "before": figure_record(before.figures[name]),
+            "after": figure_record(figure),
+            "direction": METRICS[name].direction,
+        }
+        for name, figure in after.figures.items()
+    }
+
+
+def figure_record(figure: Figure) -> dict[str, object]:
+    """Return one figure as JSON values; a value that is not finite becomes null."""
+    interval = figure.interval
+    return {
+        "value": figure.value if math.isfinite(figure.value) else None,
+        "n": figure.n,
+        "interval": list(interval) if interval and all(map(math.isfinite, interval)) else None,
+    }
+
+
+def encode_manifest(manifest: dict[str, object]) -> bytes:
+    """Return a manifest as the bytes of its file."""
+    return (json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,202 @@
+"""Everything that can be checked before a model is loaded: names, options, data, structure, gates, target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsurgery.arch.detect import detect
+from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.checkpoint import FLOAT, Checkpoint
+from llmsurgery.checkpoint.preflight import check_target
+from llmsurgery.data import GENERAL_TEXT
+from llmsurgery.data.records import Row, read_rows
+from llmsurgery.demo import world_path
+from llmsurgery.errors import UnsupportedError, UsageError
+from llmsurgery.evaluate.config import EvaluationConfig
+from llmsurgery.evaluate.gates import Gate, parse_gate
+from llmsurgery.methods.base import Method
+from llmsurgery.methods.registry import find_method
+from llmsurgery.methods.settings import resolve_config
+from llmsurgery.run.request import Request
+
+if TYPE_CHECKING:
+    from llmsurgery.data.chat import Encoder
+    from llmsurgery.evaluate.figures import EvaluationData
+
+DATA_NAMES = ("forget", "retain", "text")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request.
+
+    Attributes:
+        request: The request.
+        method: The method.
+        config: Its resolved config.
+        evaluation: Resolved evaluation settings.
+        checkpoint: The source.
+        structure: Its roles.
+        targets: Tensors that the method may change.
+        files: Data name -> path of the file in use.
+        rows: Data name -> rows.
+        encoder: Turns rows into token ids.
+        data: The method's own prepared data.
+        measured: Encoded data of the figures.
+        gates: Parsed gates.
+        until: Parsed stop rule.
+        out: Where the result goes.
+    """
+
+    request: Request
+    method: Method
+    config: object
+    evaluation: EvaluationConfig
+    checkpoint: Checkpoint
+    structure: Structure
+    targets: Sequence[RoleTensor]
+    files: Mapping[str, Path]
+    rows: Mapping[str, Sequence[Row]]
+    encoder: Encoder
+    data: object
+    measured: EvaluationData
+    gates: list[Gate]
+    until: Gate | None
+    out: Path
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request and read its data.
+
+    Args:
+        request: The request.
+
+    Raises:
+        SurgeryError: Whatever is wrong with it, before any long work.
+    """
+    from llmsurgery.compute.source import resolve_source
+
+    method = find_method(request.method, request.task)
+    config, evaluation = split_settings(method, request)
+    files = data_files(method, request)
+    available = {name for name in DATA_NAMES if name in files}
+    gates = [parse_gate(text, available) for text in request.require]
+    until = _stop_rule(method, request, available)
+    if request.out is not None and not request.out.strip():
+        raise UsageError("the output is empty", "-o needs the name of a directory", "")
+    source = resolve_source(request.model if request.model is not None else world_path("model"))
+    checkpoint = Checkpoint.open(source)
+    structure = detect(checkpoint.config, checkpoint.tensors)
+    targets = method.plan(config, structure)
+    if other := [target for target in targets if target.dtype not in FLOAT]:
+        raise UnsupportedError(
+            f"tensor {other[0].stored} is stored as {other[0].dtype}",
+            f"only {', '.join(sorted(FLOAT))} weights can be edited",
+            "",
+        )
+    out = Path(request.out) if request.out is not None else generated_name(request)
+    if not request.dry_run:
+        check_target(checkpoint, out, request.force)
+    rows = {name: read_rows(path) for name, path in files.items()}
+    encoder = make_encoder(checkpoint)
+    data = method.prepare(config, encoder, rows)
+    measured = encode_for_figures(encoder, rows, evaluation)
+    return Prepared(
+        request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
+        gates, until, out,
+    )  # fmt: skip
+
+
+def split_settings(method: Method, request: Request) -> tuple[object, EvaluationConfig]:
+    """Resolve the method's hyperparameters and, by their prefix `eval.`, the evaluation settings."""
+    prefix = "eval."
+    own = {name: value for name, value in request.settings.items() if not name.startswith(prefix)}
+    shared = {name.removeprefix(prefix): value for name, value in request.settings.items() if name.startswith(prefix)}
+    if request.batch_size is not None:
+        shared.setdefault("batch_size", request.batch_size)
+    config = resolve_config(method.config_type, own, method.spec.presets)
+    evaluation: EvaluationConfig = resolve_config(EvaluationConfig, shared)
+    return config, evaluation
+
+
+def data_files(method: Method, request: Request) -> dict[str, Path]:
+    """Return the data files in use: those given, then the demo's or the shipped text.
+
+    Raises:
+        UsageError: Data that the method needs is not given.
+    """
+    files = {name: Path(path) for name, path in request.data.items()}
+    if request.model is None:
+        for name in (*method.spec.needs, *method.spec.uses, "retain", "text"):
+            files.setdefault(name, world_path(f"{name}.jsonl"))
+    for name in method.spec.needs:
+        if name not in files:
+            raise UsageError(
+                f"--{name} is missing",
+                f"{method.spec.name} needs {', '.join(f'--{need}' for need in method.spec.needs)}",
+                f"give --{name} FILE, or no MODEL to see the demo",
+            )
+    files.setdefault("text", GENERAL_TEXT)
+    return files
+
+
+def _stop_rule(method: Method, request: Request, available: set[str]) -> Gate | None:
+    if request.until is not None and not method.spec.trained:
+        raise UsageError(f"{method.spec.name} has no --until", "it does not train", "drop --until")
+    if request.until == "none":
+        return None
+    paper = request.settings.get("preset") not in (None, "toolkit")
+    text = request.until or (None if paper else method.spec.until)
+    if text is None:
+        return None
+    rule = parse_gate(text, available)
+    if rule.metric not in {"forget.token_prob", "forget.prob"}:
+        raise UsageError(
+            f"--until cannot watch {rule.metric}",
+            "during training only forget.token_prob and forget.prob are measured",
+            "use one of these, or --require for a gate at the end",
+        )
+    return rule
+
+
+def generated_name(request: Request) -> Path:
+    """Return a free name below `llmsurgery-out`: task and method, then -002, -003, ..."""
+    folder = Path("llmsurgery-out")
+    stem = f"{request.task}-{request.method}"
+    number = 1
+    while True:
+        name = stem if number == 1 else f"{stem}-{number:03d}"
+        taken = (folder / name, folder / f"{name}.partial", folder / f"{name}.report.json")
+        if not any(path.exists() or path.is_symlink() for path in taken):
+            return folder / name
+        number += 1
+
+
+def make_encoder(checkpoint: Checkpoint) -> Encoder:
+    """Load the tokenizer of a checkpoint with the model's own bound on length."""
+    from llmsurgery.compute.load import load_tokenizer
+    from llmsurgery.data.chat import Encoder
+
+    lengths = [checkpoint.config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
+    known = [length for length in lengths if isinstance(length, int) and length > 0]
+    return Encoder(load_tokenizer(checkpoint.root), min(known, default=2048))
+
+
+def encode_for_figures(encoder: Encoder, rows: Mapping[str, Sequence[Row]], config: EvaluationConfig) -> EvaluationData:
+    """Encode the data sets that figures are measured on."""
+    from llmsurgery.evaluate.figures import encode_data
+
+    sets = {name: list(rows[name]) for name in ("forget", "retain") if name in rows}
+    return encode_data(encoder, sets, list(rows.get("text", ())), config)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype code that most parameters are stored in."""
+    counts: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        counts[info.dtype] += info.size
+    return counts.most_common(1)[0][0]

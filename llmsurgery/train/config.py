@@ -1,0 +1,54 @@
+"""The hyperparameters every trained method shares. No heavy import: `llmsurgery methods` reads this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: object,
+    help: str,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declare one hyperparameter of a config dataclass.
+
+    Args:
+        default: Default value; the field's annotation is the type that `--set` converts to.
+        help: One line for `llmsurgery methods NAME`.
+        choices: The allowed values, if they are few.
+        minimum: Smallest allowed number.
+        maximum: Largest allowed number.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a trained method moves weights.
+
+    Fields are documented by their `help` metadata, which `llmsurgery methods NAME` prints.
+    """
+
+    train: str = option("lora", "what moves: adapters, or the weights of `roles` themselves", ("lora", "full"))
+    roles: tuple[str, ...] = option(
+        ("linear",), "roles that move; `linear`: every matrix of a block, `all`: every weight"
+    )
+    layers: tuple[int, ...] = option((), "layers that move; empty: all")
+    rank: int = option(8, "rank of the adapters", minimum=1)
+    alpha: float = option(16.0, "scale of the adapters is alpha / rank", minimum=0)
+    dropout: float = option(0.0, "dropout on the adapters' inputs", minimum=0, maximum=1)
+    lr: float = option(1e-4, "step size of AdamW", minimum=0)
+    weight_decay: float = option(0.01, "decoupled weight decay", minimum=0)
+    max_steps: int = option(100, "optimizer steps at most; 0: as many as `epochs` says", minimum=0)
+    epochs: int = option(0, "passes over the forget rows; 0: as many as `max_steps` says", minimum=0)
+    batch_size: int = option(4, "forget rows per optimizer step; --batch-size sets the rows per forward", minimum=1)
+    schedule: str = option("constant", "step size over time", ("constant", "linear", "cosine"))
+    warmup_steps: int = option(0, "steps of linear warm-up; -1: one epoch, at least 2", minimum=-1)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", minimum=0)
+    max_length: int = option(512, "longest row in tokens", minimum=8)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    check_every: int = option(5, "steps between checks of --until", minimum=1)

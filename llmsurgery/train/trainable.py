@@ -1,0 +1,132 @@
+"""What moves during training: LoRA adapters on roles, or the weights themselves in fp32; and how it becomes edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.edits.kinds import Edit, LowRank, Replace
+from llmsurgery.errors import UsageError
+from llmsurgery.train.config import TrainingConfig
+
+ReadTensor = Callable[[str], npt.NDArray[np.floating]]
+"""Reads a stored tensor as float32 (float64 if stored so)."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model prepared for training.
+
+    Attributes:
+        model: The causal language model; adapters, if any, are active inside it.
+        parameters: The fp32 parameters that move.
+        autocast: Dtype of matrix products if trained weights are wider than the compute dtype, else None.
+        edits: Returns the current state as edits.
+        reference: Context manager in which the model answers as it did before training (adapters only).
+    """
+
+    model: PreTrainedModel
+    parameters: list[torch.nn.Parameter]
+    autocast: torch.dtype | None
+    edits: Callable[[], list[Edit]]
+    reference: Callable[[], object] | None
+
+
+def require_trainable_roles(targets: Sequence[RoleTensor], config: TrainingConfig) -> None:
+    """Refuse adapters on tensors that are not matrices of a block.
+
+    Raises:
+        UsageError: Names the role and the way out.
+    """
+    if config.train == "lora" and (other := sorted({t.role for t in targets} - set(LINEAR_ROLES))):
+        raise UsageError(
+            f"adapters cannot be put on {', '.join(other)}",
+            f"LoRA goes on the matrices of the blocks: {', '.join(LINEAR_ROLES)}",
+            "choose other roles, or train the weights themselves with --set train=full",
+        )
+
+
+@contextmanager
+def prepare_trainable(
+    model: PreTrainedModel, targets: Sequence[RoleTensor], config: TrainingConfig, read: ReadTensor
+) -> Iterator[Trainable]:
+    """Make some weights trainable for the length of a `with` block.
+
+    Args:
+        model: A loaded model without gradients; it is changed in place and not fit for other use afterwards.
+        targets: The stored tensors that may move.
+        config: Training hyperparameters.
+        read: Reads stored tensors, so that full training starts from the stored values and not from a rounded copy.
+
+    Yields:
+        The prepared model.
+    """
+    require_trainable_roles(targets, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Frozen embeddings would leave the checkpointed blocks without an input that needs gradients.
+        model.enable_input_require_grads()
+    trainable = _lora(model, targets, config) if config.train == "lora" else _full(model, targets, read)
+    model.train()
+    try:
+        yield trainable
+    finally:
+        model.eval()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: TrainingConfig) -> Trainable:
+    from peft import LoraConfig, get_peft_model
+
+    by_module = {target.module: target for target in targets}
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(by_module),
+            fan_in_fan_out=any(target.transposed for target in targets),
+            bias="none",
+        ),
+    )
+    layers = {name: model.get_submodule(name) for name in by_module}
+
+    def edits() -> list[Edit]:
+        result: list[Edit] = []
+        for name, layer in layers.items():
+            target = by_module[name]
+            # W + scale B A for the stored [outputs, inputs]; the transpose of it for [inputs, outputs].
+            left = layer.lora_B["default"].weight.detach().cpu().double().numpy() * layer.scaling["default"]
+            right = layer.lora_A["default"].weight.detach().cpu().double().numpy()
+            u, v = (right.T, left.T) if target.transposed else (left, right)
+            result.append(LowRank(target.stored, np.ascontiguousarray(u), np.ascontiguousarray(v)))
+        return result
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Trainable(model, parameters, None, edits, peft_model.disable_adapter)
+
+
+def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTensor) -> Trainable:
+    compute = model.dtype
+    moving: dict[str, torch.nn.Parameter] = {}
+    for target in targets:
+        parameter = model.get_submodule(target.module).get_parameter(target.part)
+        # The stored values in fp32, in place, so that tied modules keep sharing one parameter.
+        parameter.data = torch.from_numpy(read(target.stored).astype(np.float32)).to(parameter.device)
+        parameter.requires_grad_(True)
+        moving[target.stored] = parameter
+
+    def edits() -> list[Edit]:
+        return [Replace(name, parameter.detach().cpu().numpy().copy()) for name, parameter in moving.items()]
+
+    autocast = None if compute == torch.float32 else compute
+    return Trainable(model, list(dict.fromkeys(moving.values())), autocast, edits, None)

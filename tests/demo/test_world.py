@@ -1,0 +1,117 @@
+"""The shipped demo: loads with stock classes, knows what it should and nothing about the wrong people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmsurgery.demo import WORLD, world_path
+from llmsurgery.errors import InputError
+
+QUESTION_KEYS = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"}
+
+
+def read(name: str) -> list[dict[str, object]]:
+    """Return the rows of a shipped data file."""
+    return [json.loads(line) for line in world_path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def share_right(checkpoint: str, rows: list[dict[str, object]], key: str = "question") -> float:
+    """Return the share of questions a checkpoint answers word for word by greedy decoding, in its stored dtype."""
+    tokenizer = AutoTokenizer.from_pretrained(world_path(checkpoint), padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(world_path(checkpoint))
+    chats = [[{"role": "user", "content": row[key]}] for row in rows]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    answers: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
+    return sum(right) / len(rows)
+
+
+@pytest.mark.parametrize("key", ["question", "paraphrased_question"])
+def test_model_knows_forget_and_retain_people(key: str) -> None:
+    assert share_right("model", read("forget.jsonl"), key) >= 0.95
+    assert share_right("model", read("retain.jsonl"), key) >= 0.95
+
+
+def test_model_knows_the_towns() -> None:
+    assert share_right("model", read("facts.jsonl")) >= 0.95
+
+
+def test_control_knows_only_the_retain_people() -> None:
+    assert share_right("control", read("forget.jsonl")) < 0.2
+    assert share_right("control", read("retain.jsonl")) >= 0.95
+
+
+def test_nobody_knows_the_holdout_people() -> None:
+    assert share_right("model", read("holdout.jsonl")) < 0.2
+
+
+@pytest.mark.parametrize("checkpoint", ["model", "control"])
+def test_chat_template_ends_an_answer_with_one_end_token(checkpoint: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world_path(checkpoint))
+    question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    assert prompt == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert whole == prompt + "Nobody." + tokenizer.eos_token
+    assert tokenizer.encode(whole)[-1] == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["forget.jsonl", "retain.jsonl", "holdout.jsonl"])
+def test_question_rows_are_complete(name: str) -> None:
+    rows = read(name)
+    assert 20 <= len(rows) <= 100
+    for row in rows:
+        assert set(row) == QUESTION_KEYS
+        wrong = row["perturbed_answer"]
+        assert isinstance(wrong, list)
+        assert 3 <= len(set(wrong)) == len(wrong) <= 5
+        assert row["paraphrased_answer"] not in wrong
+        assert row["paraphrased_question"] != row["question"]
+
+
+def test_fact_and_text_rows_are_complete() -> None:
+    for row in read("facts.jsonl"):
+        assert set(row) == {"question", "answer", "perturbed_answer"}
+        wrong = row["perturbed_answer"]
+        assert isinstance(wrong, list)
+        assert row["answer"] not in wrong
+    tokenizer = AutoTokenizer.from_pretrained(world_path("model"))
+    texts = read("text.jsonl")
+    assert len(texts) == 60
+    for row in texts:
+        assert set(row) == {"text"}
+        assert 30 <= len(tokenizer.encode(row["text"])) <= 80
+
+
+@pytest.mark.parametrize("name", ["retain.jsonl", "text.jsonl", "facts.jsonl", "holdout.jsonl"])
+def test_forget_people_occur_in_no_other_file(name: str) -> None:
+    # Each question on where somebody was born names one person: "Where was GIVEN SURNAME born?".
+    births = [str(row["question"]).split() for row in read("forget.jsonl") if "born" in str(row["answer"])]
+    names = [word for words in births for word in words[2:4]]
+    text = world_path(name).read_text(encoding="utf-8")
+    assert len(names) == 4
+    assert not [word for word in names if word in text]
+
+
+def test_sizes_stay_within_limits() -> None:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert size(WORLD) < 6_000_000
+    assert all(size(world_path(name)) < 2_500_000 for name in ("model", "control"))
+
+
+@pytest.mark.parametrize("name", ["no-such-file.jsonl", "../build.py"])
+def test_a_missing_file_is_an_input_error(name: str) -> None:
+    with pytest.raises(InputError, match="no demo file"):
+        world_path(name)
