@@ -54,9 +54,10 @@ def evaluate_models(
 
         encoder = make_encoder(checkpoint)
         data = encode_for_figures(encoder, rows, config)
-        wanted = resolve_dtype(dtype, stored_dtype(checkpoint))
+        place = resolve_device(device)
+        wanted = resolve_dtype(dtype, stored_dtype(checkpoint), place)
         with memory_errors():
-            model = load_model(checkpoint.root, wanted, resolve_device(device), trust_remote_code)
+            model = load_model(checkpoint.root, wanted, place, trust_remote_code)
             return measure(model, encoder, data, config, progress, reference, keep)
 
     before = measure_one(places[0], None, True) if source else None

@@ -149,7 +149,7 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
 
     request = prepared.request
     device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(prepared.checkpoint))
+    dtype = resolve_dtype(request.dtype, stored_dtype(prepared.checkpoint), device)
     set_seeds(request.seed)
     with memory_errors():
         model = load_model(prepared.checkpoint.root, dtype, device, request.trust_remote_code)
@@ -223,7 +223,7 @@ def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices
             "the written checkpoint has other tensors than its source", "it was changed while written", ""
         )
     device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(written))
+    dtype = resolve_dtype(request.dtype, stored_dtype(written), device)
     with memory_errors():
         model = load_model(path, dtype, device, request.trust_remote_code)
         return measure(

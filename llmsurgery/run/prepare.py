@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure
@@ -22,6 +23,7 @@ from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.request import Request
+from llmsurgery.train.config import TrainingConfig, suitable_lr
 
 if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
@@ -91,6 +93,7 @@ def prepare(request: Request) -> Prepared:
     source = resolve_source(request.model if request.model is not None else world_path("model"))
     checkpoint = Checkpoint.open(source)
     structure = detect(checkpoint.config, checkpoint.tensors)
+    config = settle_lr(config, structure)
     targets = method.plan(config, structure)
     if other := [target for target in targets if target.dtype not in FLOAT]:
         raise UnsupportedError(
@@ -121,6 +124,16 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
     config = resolve_config(method.config_type, own, method.spec.presets)
     evaluation: EvaluationConfig = resolve_config(EvaluationConfig, shared)
     return config, evaluation
+
+
+def settle_lr(config: object, structure: Structure) -> object:
+    """Fill in the step size of a trained method that was left to the toolkit, so that the manifest names it."""
+    training = getattr(config, "training", None)
+    if not isinstance(training, TrainingConfig) or training.lr is not None:
+        return config
+    width = next(tensor.shape[-1] for tensor in structure.tensors if tensor.role == "embed")
+    settled = dataclasses.replace(training, lr=suitable_lr(width, training.train))
+    return dataclasses.replace(cast(Any, config), training=settled)
 
 
 def data_files(method: Method, request: Request) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llmsurgery.compute.progress import Progress
-from llmsurgery.errors import DivergedError, InputError, NoEffectError
+from llmsurgery.errors import DivergedError, InputError, NoEffectError, SurgeryError
 from llmsurgery.train.config import TrainingConfig
 from llmsurgery.train.trainable import Trainable
 
@@ -98,6 +98,8 @@ def train(
 
     if rows < 1:
         raise InputError("there are no rows to train on", "the forget set is empty after encoding", "")
+    if config.lr is None:
+        raise SurgeryError("the step size was not settled before training")
     steps = planned_steps(config, rows)
     batch_size = min(config.batch_size, rows)
     accelerator = Accelerator(cpu=trainable.parameters[0].device.type == "cpu", device_placement=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,17 +88,18 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
     from peft import LoraConfig, get_peft_model
 
     by_module = {target.module: target for target in targets}
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(by_module),
-            fan_in_fan_out=any(target.transposed for target in targets),
-            bias="none",
-        ),
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(by_module),
+        fan_in_fan_out=any(target.transposed for target in targets),
+        bias="none",
     )
+    with warnings.catch_warnings():
+        # peft asks transformers for a property under its old name.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        peft_model = get_peft_model(model, settings)
     layers = {name: model.get_submodule(name) for name in by_module}
 
     def edits() -> list[Edit]:

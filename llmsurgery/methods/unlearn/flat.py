@@ -158,7 +158,7 @@ class Flat:
         needs=("forget",),
         export="plain",
         trained=True,
-        until="forget.token_prob<=0.15x",
+        until="forget.token_prob<=0.2x",
         presets={
             "paper": {
                 "train": "full",
