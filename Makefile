@@ -36,8 +36,9 @@ test-real: $(READY) .real/model.gguf
 	LLMSURGERY_REAL_MODEL=.real/model.gguf $(BIN)/python -m pytest -m real
 
 benchmarks: $(READY) .real/model.gguf
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.flat_step .real/model.gguf
-	$(BIN)/python -m benchmarks.unlearn_smollm2 .real/model.gguf
+	$(BIN)/python -m benchmarks.table
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

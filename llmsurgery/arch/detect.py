@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llmsurgery.arch import families
 from llmsurgery.arch.spec import Family, RoleTensor, Structure
-from llmsurgery.errors import DamagedError, UnsupportedError, nearest_names
+from llmsurgery.errors import DamagedError, UnsupportedError
 
 
 class StoredTensor(Protocol):
@@ -42,11 +42,10 @@ def find_family(config: Mapping[str, object]) -> Family:
         if model_type in family.model_types:
             return family
     names = [name for family in known for name in family.model_types]
-    near = nearest_names(str(model_type), names) or names
     raise UnsupportedError(
         f"model_type {model_type!r} is not supported" if model_type else "config.json has no model_type",
         "no family table names the module paths of its roles: embed, attn.q / attn.k / attn.v or attn.qkv, attn.o, "
-        f"mlp.up, mlp.down, norms, lm_head (supported: {', '.join(near)})",
+        f"mlp.up, mlp.down, norms, lm_head (supported: {', '.join(sorted(names))})",
         "add one file to llmsurgery/arch/families with that table",
     )
 

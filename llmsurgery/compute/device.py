@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import re
 import resource
 import sys
 from pathlib import Path
@@ -25,10 +26,10 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in {"cpu", "cuda"} or (number and not number.isdigit()) or (kind == "cpu" and number):
+    match = re.fullmatch(r"(cpu)|cuda(?::([0-9]+))?", name)
+    if match is None:
         raise UsageError(f"unknown device {name!r}", "devices are auto, cpu, cuda and cuda:0, cuda:1, ...", "")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count()):
+    if not match[1] and (not torch.cuda.is_available() or int(match[2] or 0) >= torch.cuda.device_count()):
         raise ResourceError(
             f"device {name!r} is not there",
             f"torch sees {torch.cuda.device_count()} CUDA devices",

@@ -114,6 +114,7 @@ def label_log_probabilities(
         Log-probabilities [positions], fp32. Logits are computed in the head's dtype, log-sum-exp in fp32.
     """
     apply: Any = _LabelLogProbabilities.apply
+    bias = None if bias is None else bias.to(hidden.dtype)
     result: torch.Tensor = apply(hidden, weight.to(hidden.dtype), bias, labels)
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmsurgery.errors import DamagedError, InputError, UnsupportedError
@@ -73,7 +74,13 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 use_safetensors=True,
+                # Wrong shapes are reported below instead of raised as a bare RuntimeError.
+                ignore_mismatched_sizes=True,
             )
+    except SafetensorError as error:
+        raise DamagedError(
+            f"the weights in {path} cannot be read", str(error), "download or copy the checkpoint again"
+        ) from error
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot build the model in {path}",
@@ -82,7 +89,7 @@ def load_model(
         ) from error
     # A silently dropped or freshly initialised tensor would make every figure meaningless.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report.get(problem) or ()):
+        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(problem) or ()):
             raise DamagedError(
                 f"{len(names)} tensors of {path} are {problem.removesuffix('_keys')}, first {names[0]}",
                 "stock transformers would ignore them or fill them with random numbers",

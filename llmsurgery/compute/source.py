@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from llmsurgery.checkpoint import file_digest
 from llmsurgery.errors import InputError, UnsupportedError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 def cache_directory() -> Path:
@@ -38,13 +40,13 @@ def resolve_source(model: str | Path) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return convert_gguf(path)
-        pickled = path.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+        pickled = path.suffix in _PICKLES
         raise UnsupportedError(
             f"{path} is a file",
             "pickle files can run code when opened" if pickled else "a checkpoint is a directory or a .gguf file",
             "give the directory that holds config.json and the safetensors files",
         )
-    if _HUB_ID.match(str(model)) and not str(model).startswith("."):
+    if _HUB_ID.match(str(model)) and path.suffix not in {".gguf", ".safetensors", *_PICKLES}:
         return _hub_snapshot(str(model))
     raise InputError(f"model {model} does not exist", "no such directory or file", "check the path")
 
@@ -56,7 +58,7 @@ def _hub_snapshot(repository: str) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:  # ValueError: not a valid id
         raise InputError(
             f"model {repository} is neither a directory nor a cached or reachable hub repository",
             str(error).splitlines()[0],
@@ -102,7 +104,7 @@ def _convert(path: Path, building: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-    except (ValueError, KeyError, OSError, NotImplementedError, IndexError) as error:
+    except (ValueError, KeyError, OSError, NotImplementedError, IndexError, struct.error) as error:
         raise InputError(
             f"{path} could not be read as GGUF", str(error).splitlines()[0][:200], "check that the file is complete"
         ) from error

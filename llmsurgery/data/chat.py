@@ -59,7 +59,9 @@ class Encoder:
         probe = "ANSWER"
         text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
         tail = self._ids(text[text.rindex(probe) + len(probe) :])
-        special = set(self.tokenizer.all_special_ids)
+        # Llama 3 marks its end of turn as special without listing it among the named special tokens.
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {*self.tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         return next((token for token in tail if token in special), eos)
 
     def _render(self, turns: Sequence[Message], generation: bool, where: str) -> str:
@@ -70,9 +72,8 @@ class Encoder:
                 messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
             )
         except jinja2.TemplateError as error:
-            raise InputError(
-                f"{where}: the chat template refuses these turns", str(error).splitlines()[0], "check the roles"
-            ) from error
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{where}: the chat template refuses these turns", reason, "check the roles") from error
         return str(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -121,14 +122,21 @@ class Encoder:
             max_length: Bound below the model's own.
 
         Raises:
-            InputError: The row is longer than the bound, or its answer has no token.
+            InputError: The row is longer than the bound, or its prompt or answer has no token.
         """
         ids, start = self._split(self.prompt_text(row), row.answer if answer is None else answer)
-        if start >= len(ids):
-            raise InputError(f"{row.where}: the answer has no token", "it vanishes in the tokenizer", "remove this row")
         ends = row.kind != "text"
-        if ends:
-            ids = [*ids, self.end_id] if ids[-1] != self.end_id else ids
+        kept = ids[:start] + (self._without_end(ids[start:]) if ends else ids[start:])
+        if start >= len(kept):
+            raise InputError(f"{row.where}: the answer has no token", "it vanishes in the tokenizer", "remove this row")
+        if ends and start == 0:
+            # Nothing could predict the first token of the answer, and there is nothing to generate from.
+            raise InputError(
+                f"{row.where}: the prompt has no token of its own",
+                "the tokenizer merges all of it with the answer",
+                "put a blank between prompt and completion, or remove this row",
+            )
+        ids = [*kept, self.end_id] if ends else kept
         limit = min(self.max_length, max_length or self.max_length)
         if len(ids) > limit:
             raise InputError(
@@ -138,6 +146,13 @@ class Encoder:
                 "shorten the row" + (", or raise --set max_length=..." if limit < self.max_length else ""),
             )
         return Encoded(tuple(ids), start, ends, row.where)
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """Drop end tokens that an answer brings along, so that exactly one can follow."""
+        stop = len(ids)
+        while stop and ids[stop - 1] == self.end_id:
+            stop -= 1
+        return ids[:stop]
 
     def encode_chunks(self, row: Row, tokens: int) -> list[Encoded]:
         """Cut a plain text into chunks whose first half is the prompt and whose second half is the answer.
@@ -150,10 +165,15 @@ class Encoder:
             InputError: The text has fewer than four tokens.
         """
         ids = self._ids(row.answer)
-        length = min(tokens, self.max_length)
+        prefix = [] if self._starts_special(row.answer) else self._prefix()
+        length = min(tokens, self.max_length) - len(prefix)
         parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
         # A rest of a few tokens has no prompt worth the name; it joins nothing and is left out.
-        chunks = [Encoded(part, len(part) // 2, False, row.where) for part in parts if len(part) >= 4]
+        chunks = [
+            Encoded((*prefix, *part), len(prefix) + len(part) // 2, False, row.where)
+            for part in parts
+            if len(part) >= 4
+        ]
         if not chunks:
             raise InputError(f"{row.where}: the text has {len(ids)} tokens", "four are needed to cut it in two", "")
         return chunks
@@ -161,20 +181,23 @@ class Encoder:
     def replace_answer(self, encoded: Encoded, answer: str, max_length: int) -> Encoded:
         """Return a chunk's prompt followed by another answer and the end token.
 
-        The prompt loses its first tokens where the whole would be longer than `max_length`.
+        The prompt loses its first tokens (not a beginning-of-sequence token) where the whole would be longer than
+        `max_length`.
 
         Raises:
             InputError: The answer alone is too long.
         """
-        tail = (*self._ids(answer), self.end_id)
-        room = min(self.max_length, max_length) - len(tail)
+        tail = (*self._without_end(self._ids(answer)), self.end_id)
+        prefix = tuple(self._prefix())
+        lead = len(prefix) if encoded.ids[: len(prefix)] == prefix else 0
+        room = min(self.max_length, max_length) - len(tail) - lead
         if room < 1:
             raise InputError(
                 f"{encoded.where}: an answer of {len(tail)} tokens leaves no room for a prompt",
                 f"max_length is {max_length}",
                 "use shorter template answers, or raise --set max_length=...",
             )
-        prompt = encoded.ids[: encoded.answer_start][-room:]
+        prompt = encoded.ids[:lead] + encoded.ids[lead : encoded.answer_start][-room:]
         return Encoded((*prompt, *tail), len(prompt), True, encoded.where)
 
     def encode_prompt(self, row: Row) -> Encoded:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,20 +106,22 @@ def _read_records(path: Path) -> Iterator[tuple[str, object]]:
     elif suffix == ".csv":
         yield from _read_csv(path, text)
     else:
-        for number, passage in enumerate(filter(None, (part.strip() for part in text.split("\n\n"))), start=1):
+        passages = (part.strip() for part in re.split(r"\n[ \t]*\n", text))
+        for number, passage in enumerate(filter(None, passages), start=1):
             yield f"{path}: passage {number}", passage
 
 
 def _load_json(text: str, where: str) -> object:
     try:
         content: object = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise InputError(f"{where} is not valid JSON", str(error), "correct or remove this record") from error
     return content
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # Not splitlines(): a cell may hold other line separators of Unicode.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for record in reader:
             where = f"{path}:{reader.line_num}"
@@ -166,7 +170,7 @@ def _question(record: Mapping[str, object], where: str) -> Row:
         _string(record, "answer", where),
         paraphrased_question=_optional(record, "paraphrased_question", where),
         paraphrased_answer=_optional(record, "paraphrased_answer", where),
-        perturbed_answers=tuple(wrong),
+        perturbed_answers=tuple(_filled(item, "perturbed_answer", where) for item in wrong),
         where=where,
     )
 
@@ -203,6 +207,12 @@ def _optional(record: Mapping[str, object], key: str, where: str) -> str | None:
 def _filled(value: str, key: str, where: str) -> str:
     if not value.strip():
         raise InputError(f"{where}: {key} is empty", "there is nothing to score or train on", "remove this record")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {key} is not valid Unicode", "it holds half of a surrogate pair", "correct or remove this record"
+        ) from error
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -101,8 +102,8 @@ def encode_data(
             parts = encoder.encode_chunks(row, config.text_tokens) if row.kind == "text" else [encoder.encode(row)]
             rows[name] += [row] * len(parts)
             encoded[name] += parts
-    chosen = [encoder.encode_text(row.answer, config.text_tokens) for row in list(texts)[: config.text_rows]]
-    usable = [text for text in chosen if len(text.ids) > 8]
+    chosen = (encoder.encode_text(row.answer, config.text_tokens) for row in texts)
+    usable = list(islice((text for text in chosen if len(text.ids) > 8), config.text_rows))
     if texts and not usable:
         raise InputError("no text has more than 8 tokens", "perplexity needs longer passages", "give another --text")
     return EvaluationData(rows, encoded, usable)
@@ -122,14 +123,22 @@ def bootstrap_interval(
     Returns:
         Lower and upper bound, or None for fewer than two rows.
     """
+    from scipy.stats import bootstrap
+
     if len(numerators) < 2:
         return None
     top = np.asarray(numerators, dtype=np.float64)
     bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(top), size=(resamples, len(top)))
-    means = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    result = bootstrap(
+        (top, bottom),
+        lambda first, second, axis: first.sum(axis=axis) / second.sum(axis=axis),
+        n_resamples=resamples,
+        method="percentile",
+        paired=True,
+        vectorized=True,
+        random_state=seed,
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _mean_figure(values: Sequence[float]) -> Figure:

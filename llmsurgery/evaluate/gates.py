@@ -108,6 +108,8 @@ def parse_gate(text: str, available: set[str]) -> Gate:
         threshold = float(number)
     except ValueError as error:
         raise UsageError(f"{number!r} in gate {text!r} is not a number", "", "use a number such as 0.15") from error
+    if not math.isfinite(threshold):
+        raise UsageError(f"{number!r} in gate {text!r} is not finite", "such a gate decides nothing", "use 0.15, say")
     needs = METRICS[name].needs
     if needs not in available:
         raise UsageError(

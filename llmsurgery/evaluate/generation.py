@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,20 +39,12 @@ def greedy_answers(
     """
     tokenizer = encoder.tokenizer
     ends = sorted({encoder.end_id, int(tokenizer.eos_token_id)})
-    # Every field that a checkpoint's own generation_config could turn away from greedy search is set here.
     config = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=ends,
-        pad_token_id=encoder.pad_id,
-        use_cache=True,
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=encoder.pad_id, use_cache=True
     )
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    with progress.task(name, len(prompts)) as tick:
+    with progress.task(name, len(prompts)) as tick, _own_generation_config(model, config):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             time = max(len(prompts[i].ids) for i in indices)
@@ -68,6 +61,16 @@ def greedy_answers(
                 answers[i] = _cut(output[row, time:].tolist(), ends, tokenizer)
             tick(len(indices))
     return answers
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Hide the checkpoint's generation_config: `generate` takes from it every field that the given one leaves open."""
+    kept, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _cut(ids: list[int], ends: Sequence[int], tokenizer: Any) -> str:
@@ -92,13 +95,14 @@ def is_mostly_ascii(texts: Sequence[str]) -> bool:
 def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Return ROUGE-L recall of each answer against its reference, with Porter stemming.
 
-    Texts mostly outside [a-z0-9] are compared by characters instead of words.
+    A row whose reference is mostly outside [a-z0-9] is compared by characters instead of words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    if is_mostly_ascii(references):
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    else:
-        scorer = RougeScorer(["rougeL"], tokenizer=_Characters())
-    pairs = zip(references, answers, strict=True)
-    return [float(scorer.score(reference, answer)["rougeL"].recall) for reference, answer in pairs]
+    words = RougeScorer(["rougeL"], use_stemmer=True)
+    characters = RougeScorer(["rougeL"], tokenizer=_Characters())
+    recalls = []
+    for reference, answer in zip(references, answers, strict=True):
+        scorer = words if is_mostly_ascii([reference]) else characters
+        recalls.append(float(scorer.score(reference, answer)["rougeL"].recall))
+    return recalls

@@ -26,9 +26,7 @@ FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
 
 
 def run(checkpoint: Path, method: str, out: Path, data: dict[str, Path], **settings: object) -> dict[str, Any]:
-    outcome = unlearn(
-        checkpoint, method=method, out=out, until="none", settings={**FAST, **settings}, **data
-    )
+    outcome = unlearn(checkpoint, method=method, out=out, until="none", settings={**FAST, **settings}, **data)
     return dict(outcome.manifest)
 
 
@@ -83,7 +81,9 @@ def test_method_writes_exactly_its_edits(
         return original(checkpoint, publication, edits, role_of)
 
     monkeypatch.setattr(orchestrator, "write_edits", record)
-    manifest = run(source, method, tmp_path / "out", data_files, train=train, roles="linear" if train == "lora" else "all")
+    manifest = run(
+        source, method, tmp_path / "out", data_files, train=train, roles="linear" if train == "lora" else "all"
+    )
 
     assert tree(source) == before, "the source changed"
     # Coverage: every planned tensor was edited, and something moved.
@@ -153,9 +153,7 @@ def test_one_seed_gives_one_result(
     for manifest in manifests:
         del manifest["cost"], manifest["out"]
     assert json.dumps(manifests[0]) == json.dumps(manifests[1])
-    other = unlearn(
-        source, method=method, out=tmp_path / "three", seed=1, until="none", settings=FAST, **data_files
-    )
+    other = unlearn(source, method=method, out=tmp_path / "three", seed=1, until="none", settings=FAST, **data_files)
     assert other.manifest["tensors"] != manifests[0]["tensors"]
 
 
