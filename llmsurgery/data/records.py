@@ -137,7 +137,9 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                     cells[key] = _load_json(cell, where)
             yield where, cells
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is not valid CSV", str(error), "correct this line") from error
+        # The inner reader has counted the bad line, the outer one has not.
+        line = reader.reader.line_num
+        raise InputError(f"{path}:{line} is not valid CSV", str(error), "correct this line") from error
 
 
 def _parse_record(record: object, where: str) -> Row:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -244,6 +245,8 @@ def build(out: Path, seed: int, epochs: int) -> None:
     for name, rows in data.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    # The ways in which this world says that it does not know: template answers for unlearning.
+    (out / "templates.txt").write_text("\n".join(UNSURE) + "\n", encoding="utf-8", newline="\n")
     tokenizer = make_tokenizer(world, seed)
     for name, people in (("model", world.forget + world.retain), ("control", world.retain)):
         started = time.monotonic()

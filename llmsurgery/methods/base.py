@@ -31,7 +31,7 @@ class MethodSpec:
         uses: Data that it uses if given ("retain").
         export: "plain", "adapter", "processor", "bundle" or "none".
         trained: Whether it trains, and so needs gradients.
-        demo: Demo model that it runs on when no MODEL is given.
+        demo_settings: Hyperparameters for the embedded demo that differ from the defaults.
         until: Stop rule when none is given, for trained methods.
         presets: Preset name -> hyperparameters that differ from the defaults.
     """
@@ -44,7 +44,7 @@ class MethodSpec:
     export: str
     trained: bool
     uses: tuple[str, ...] = ()
-    demo: str = "world"
+    demo_settings: Mapping[str, object] = field(default_factory=dict)
     until: str | None = None
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 

@@ -121,6 +121,8 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
     shared = {name.removeprefix(prefix): value for name, value in request.settings.items() if name.startswith(prefix)}
     if request.batch_size is not None:
         shared.setdefault("batch_size", request.batch_size)
+    if request.model is None:
+        own = {**method.spec.demo_settings, **own}
     config = resolve_config(method.config_type, own, method.spec.presets)
     evaluation: EvaluationConfig = resolve_config(EvaluationConfig, shared)
     return config, evaluation

@@ -102,6 +102,8 @@ def train(
         raise SurgeryError("the step size was not settled before training")
     steps = planned_steps(config, rows)
     batch_size = min(config.batch_size, rows)
+    # A check scores every row once; forward and backward of a step cost about four times a forward of its rows.
+    check_every = config.check_every or max(1, rows // (4 * batch_size))
     accelerator = Accelerator(cpu=trainable.parameters[0].device.type == "cpu", device_placement=False)
     optimizer = torch.optim.AdamW(trainable.parameters, lr=config.lr, weight_decay=config.weight_decay)
     warmup = config.warmup_steps if config.warmup_steps >= 0 else max(2, math.ceil(rows / batch_size))
@@ -121,7 +123,7 @@ def train(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             tick(note=f"loss {losses[-1]:.4f}")
-            if reached is not None and (step + 1) % config.check_every == 0 and reached(trainable.autocast):
+            if reached is not None and (step + 1) % check_every == 0 and reached(trainable.autocast):
                 stopped = "until"
                 break
     return TrainingResult(

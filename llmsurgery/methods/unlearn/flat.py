@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.records import Row
 
 DIVERGENCES = ("tv", "js", "pearson", "kl", "reverse-kl", "hellinger", "neyman")
-TEMPLATE_LISTS = ("idk", "refusal", "copyright")
+TEMPLATE_LISTS = ("idk", "refusal", "copyright", "demo")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class FlatConfig:
         "answer", "mean over answer tokens, or over the padded length as released", ("answer", "padded")
     )
     reduction: str = option("sample", "divergence per row, or of the batch mean as released", ("sample", "batch"))
-    templates: str = option("idk", "template answers: idk, refusal, copyright, or a file with one sentence a line")
+    templates: str = option(
+        "idk", "template answers: idk, refusal, copyright, demo, or a file with one sentence a line"
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
@@ -159,6 +161,8 @@ class Flat:
         export="plain",
         trained=True,
         until="forget.token_prob<=0.2x",
+        # The demo's model speaks a few hundred words; it learns its own "I am not sure." and not a stranger's.
+        demo_settings={"templates": "demo"},
         presets={
             "paper": {
                 "train": "full",
@@ -254,8 +258,11 @@ def load_templates(name: str) -> list[str]:
     """
     from llmsurgery.data import TEMPLATES
     from llmsurgery.data.records import read_lines
+    from llmsurgery.demo import world_path
     from llmsurgery.errors import unknown_name
 
+    if name == "demo":
+        return read_lines(world_path("templates.txt"))
     if name in TEMPLATE_LISTS:
         return read_lines(TEMPLATES / f"{name}.txt")
     if Path(name).exists() or Path(name).suffix or "/" in name:
