@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.compute.head import head_parameters, label_log_probabilities
+from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.data.records import Row
@@ -41,7 +41,7 @@ class TextReference:
     """The source model's distributions on the plain text, for `utility.kl` and `utility.ppl_ratio`."""
 
     hidden: list[torch.Tensor]
-    head: tuple[torch.Tensor, torch.Tensor | None]
+    head: Head
     perplexity: float
 
 
@@ -224,12 +224,12 @@ def _measure_text(
     keep: bool,
 ) -> TextReference | None:
     hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
-    weight, bias = head_parameters(model)
+    head = read_head(model)
     losses = []
     with torch.inference_mode():
         for states, text in zip(hidden, texts, strict=True):
             labels = torch.tensor(text.ids[1:], device=states.device)
-            losses.append(-label_log_probabilities(states, weight, bias, labels).double().cpu().numpy())
+            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
     figures["utility.ppl"] = perplexity = _ratio_figure(losses, transform=True)
     if reference is not None:
         ratio = perplexity.value / reference.perplexity
@@ -241,5 +241,4 @@ def _measure_text(
     if not keep:
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
-    head = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-    return TextReference(hidden, head, perplexity.value)
+    return TextReference(hidden, head.clone(), perplexity.value)

@@ -16,6 +16,7 @@ from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.errors import UsageError
 from llmsurgery.train.config import TrainingConfig
+from llmsurgery.train.experts import attach_experts
 
 ReadTensor = Callable[[str], npt.NDArray[np.floating]]
 """Reads a stored tensor as float32 (float64 if stored so)."""
@@ -119,16 +120,25 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
 
 def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTensor) -> Trainable:
     compute = model.dtype
-    moving: dict[str, torch.nn.Parameter] = {}
+    # The stored values in fp32: training does not start from a rounded copy.
+    experts = {target: _stored(read, target) for target in targets if target.fused is not None}
+    moving = {target.stored: parameter for target, parameter in attach_experts(model, experts).items()}
+    wider = False
     for target in targets:
-        parameter = model.get_submodule(target.module).get_parameter(target.part)
-        # The stored values in fp32, in place, so that tied modules keep sharing one parameter.
-        parameter.data = torch.from_numpy(read(target.stored).astype(np.float32)).to(parameter.device)
-        parameter.requires_grad_(True)
-        moving[target.stored] = parameter
+        if target.fused is None:
+            parameter = model.get_submodule(target.module).get_parameter(target.part)
+            # In place, so that tied modules keep sharing one parameter.
+            parameter.data = _stored(read, target).to(parameter.device)
+            parameter.requires_grad_(True)
+            moving[target.stored] = parameter
+            wider = compute != torch.float32
 
     def edits() -> list[Edit]:
-        return [Replace(name, parameter.detach().cpu().numpy().copy()) for name, parameter in moving.items()]
+        return [Replace(target.stored, moving[target.stored].detach().cpu().numpy().copy()) for target in targets]
 
-    autocast = None if compute == torch.float32 else compute
-    return Trainable(model, list(dict.fromkeys(moving.values())), autocast, edits, None)
+    # Experts are put together in the compute dtype and need no autocast.
+    return Trainable(model, list(dict.fromkeys(moving.values())), compute if wider else None, edits, None)
+
+
+def _stored(read: ReadTensor, target: RoleTensor) -> torch.Tensor:
+    return torch.from_numpy(read(target.stored).astype(np.float32))
