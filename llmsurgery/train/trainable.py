@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
-from llmsurgery.errors import UsageError
+from llmsurgery.errors import SurgeryError, UsageError
 from llmsurgery.train.config import TrainingConfig
 from llmsurgery.train.experts import attach_experts
 
@@ -97,10 +97,12 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
         fan_in_fan_out=any(target.transposed for target in targets),
         bias="none",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_model_type(model):
         # peft asks transformers for a property under its old name.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         peft_model = get_peft_model(model, settings)
+    if {name for name, module in model.named_modules() if hasattr(module, "lora_A")} != by_module.keys():
+        raise SurgeryError("peft put adapters on other modules than it was asked to")
     layers = {name: model.get_submodule(name) for name in by_module}
 
     def edits() -> list[Edit]:
@@ -116,6 +118,21 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Trainable(model, parameters, None, edits, peft_model.disable_adapter)
+
+
+@contextmanager
+def _without_model_type(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's type from peft, which for MoE types takes the names of dense matrices for those of experts.
+
+    It does so to load adapters made with transformers 4: a target that ends in gate_proj, up_proj or down_proj becomes
+    an adapter on all experts of all blocks. Our targets are module paths of the loaded model.
+    """
+    model_type = model.config.model_type
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        model.config.model_type = model_type
 
 
 def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTensor) -> Trainable:

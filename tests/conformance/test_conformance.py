@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("conformance")
-    yield Runs(checkpoints, write_data_files(root), root)
+    return Runs(checkpoints, write_data_files(root), root)
 
 
 def tree(root: Path) -> dict[str, str]:
