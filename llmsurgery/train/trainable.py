@@ -153,8 +153,9 @@ def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTenso
     def edits() -> list[Edit]:
         return [Replace(target.stored, moving[target.stored].detach().cpu().numpy().copy()) for target in targets]
 
+    parameters = list(dict.fromkeys(moving[target.stored] for target in targets))
     # Experts are put together in the compute dtype and need no autocast.
-    return Trainable(model, list(dict.fromkeys(moving.values())), compute if wider else None, edits, None)
+    return Trainable(model, parameters, compute if wider else None, edits, None)
 
 
 def _stored(read: ReadTensor, target: RoleTensor) -> torch.Tensor:
