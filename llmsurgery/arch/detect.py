@@ -116,7 +116,7 @@ def _match(
             stem = stored_pattern.format(layer=layer, expert=expert)
             if stem.startswith(memory_prefix):
                 stem = disk_prefix + stem.removeprefix(memory_prefix)
-            for part in ("weight", "bias", *family.buffers.get(role, ())):
+            for part in ("weight", "bias", *family.state.get(role, ())):
                 name = f"{stem}.{part}"
                 if name in tensors:
                     shape, dtype = tensors[name].shape, tensors[name].dtype

@@ -53,7 +53,7 @@ class Family:
         fused: Roles of experts -> where their matrices lie in memory; `roles` then names the module of all experts.
         experts_keys: Keys of config.json that may hold the number of routed experts; none if there are no experts.
         choices: Sets of roles of which each block has one: routed experts or a dense MLP.
-        buffers: Role -> further stored tensors of its module, which are no parameters.
+        state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
     """
 
@@ -70,7 +70,7 @@ class Family:
     fused: dict[str, Fused] = field(default_factory=dict)
     experts_keys: tuple[str, ...] = ()
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
-    buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
 
 
@@ -81,7 +81,7 @@ class RoleTensor:
     Attributes:
         role: Role name, for example "mlp.down".
         layer: Block number, or None outside the blocks.
-        part: "weight", "bias", or the name of a buffer.
+        part: "weight", "bias", or the name of a further tensor of the module.
         module: Module path in transformers.
         stored: Name on disk.
         shape: Stored shape.
@@ -104,7 +104,7 @@ class RoleTensor:
 
     @property
     def label(self) -> str:
-        """Role for reports: biases and buffers are told apart from weights."""
+        """Role for reports: biases and the like are told apart from weights."""
         return self.role if self.part == "weight" else f"{self.role}.{self.part}"
 
     @property

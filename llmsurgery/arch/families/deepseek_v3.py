@@ -46,7 +46,7 @@ FAMILY = Family(
         "expert.down": Fused("down_proj"),
     },
     experts_keys=("n_routed_experts",),
-    buffers={"router": ("e_score_correction_bias",)},
+    state={"router": ("e_score_correction_bias",)},
     choices=(
         (
             ("attn.q",),
