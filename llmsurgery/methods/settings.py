@@ -118,6 +118,7 @@ def convert(setting: Setting, value: object) -> object:
     from pydantic import TypeAdapter, ValidationError
 
     annotation: typing.Any = setting.annotation
+    given = value
     if typing.get_origin(annotation) is tuple and isinstance(value, str):
         value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
     if isinstance(annotation, types.UnionType) and value in ("none", "None", ""):
@@ -126,7 +127,7 @@ def convert(setting: Setting, value: object) -> object:
         result: object = TypeAdapter[object](annotation).validate_python(value)
     except ValidationError as error:
         raise UsageError(
-            f"{setting.name}={value} does not fit", error.errors()[0]["msg"].lower(), f"{setting.name}: {setting.help}"
+            f"{setting.name}={given} does not fit", error.errors()[0]["msg"].lower(), f"{setting.name}: {setting.help}"
         ) from error
     if setting.choices and result not in setting.choices:
         raise unknown_name(f"value of {setting.name}", str(result), setting.choices)

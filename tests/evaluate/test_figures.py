@@ -112,7 +112,7 @@ def test_model_against_itself(architecture: str, checkpoints: dict[str, Path]) -
 
 
 def test_reference_survives_a_change_of_the_model_in_place(checkpoints: dict[str, Path]) -> None:
-    model, encoder = load(checkpoints["tied_llama"])
+    model, encoder = load(checkpoints["sharded_llama"])
     data = encode_data(encoder, {}, TEXTS, CONFIG)
     reference = measured(model, encoder, data).reference
     with torch.no_grad():
