@@ -22,7 +22,7 @@ from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.methods.registry import all_methods
 from llmsurgery.run import execute as orchestrator
 
-from ..builders import BUILDERS
+from ..builders import BUILDERS, MOE_BUILDERS
 from ..conftest import write_data_files
 
 METHODS = [method.spec.name for method in all_methods()]
@@ -33,6 +33,12 @@ SETTINGS: dict[str, dict[str, object]] = {
     "again": {"train": "lora", "roles": "linear"},
     "other seed": {"train": "lora", "roles": "linear"},
     "one tensor": {"roles": "attn.o", "layers": "1"},
+    "one expert": {
+        "train": "full",
+        "roles": "expert.gate,expert.up,expert.down,router",
+        "layers": "1",
+        "experts": "2",
+    },
 }
 FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
 
@@ -216,3 +222,21 @@ def test_training_leaves_untargeted_roles_alone(method: str, architecture: str, 
     changed = [name for name in old if not torch.equal(old[name], new[name])]
     assert changed == list(run.manifest["tensors"])
     assert len(changed) == 1
+
+
+@pytest.mark.parametrize("architecture", MOE_BUILDERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_expert_and_its_router_are_edited_as_stored(method: str, architecture: str, runs: Runs) -> None:
+    run = runs.get(method, architecture, "one expert")
+    checkpoint = Checkpoint.open(run.source)
+    planned = {
+        tensor.stored
+        for tensor in detect(checkpoint.config, checkpoint.tensors).tensors
+        if tensor.layer == 1 and (tensor.expert == 2 or tensor.label == "router")
+    }
+    assert len(planned) == 4
+    assert set(run.manifest["tensors"]) == planned
+    old, new = stored(run.source), stored(run.out)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert changed <= planned
