@@ -82,8 +82,9 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     with_role = {tensor.stored for tensor in found}
     # A checkpoint may store the tied copy as well; then both names have a role and nothing is shared on disk.
     shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in found)}
-    other = tuple(name for name in tensors if name not in with_role)
-    return Structure(family, layers, tuple(found), shared, other, experts)
+    copies = tuple((role, target) for role, target in tied.items() if role not in shared)
+    other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
+    return Structure(family, layers, tuple(found), shared, other, copies, experts)
 
 
 def _count(config: Mapping[str, object], keys: Sequence[str], of: str) -> int:

@@ -48,6 +48,7 @@ class Family:
         optional: Roles that a checkpoint may lack.
         tied: (role, role it shares its tensor with) when the config ties them.
         tied_by_default: Whether a config without `tie_word_embeddings` ties them.
+        buffers: Endings of stored names that are constants of the code; stock transformers ignores them.
         stored: Role -> module path as stored, with the prefix of the tree in memory, where it is not that of `roles`;
             `{expert}` stands for the expert's number.
         fused: Roles of experts -> where their matrices lie in memory; `roles` then names the module of all experts.
@@ -66,6 +67,7 @@ class Family:
     optional: frozenset[str] = frozenset()
     tied: tuple[tuple[str, str], ...] = (("lm_head", "embed"),)
     tied_by_default: bool = False
+    buffers: tuple[str, ...] = ()
     stored: dict[str, str] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
     experts_keys: tuple[str, ...] = ()
@@ -126,6 +128,7 @@ class Structure:
         tensors: Every stored tensor that has a role, in table order.
         tied: Role -> role whose stored tensor it shares, as found in this checkpoint.
         other: Stored names without a role.
+        copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
         experts: Number of routed experts of a block, 0 without any.
     """
 
@@ -134,6 +137,7 @@ class Structure:
     tensors: tuple[RoleTensor, ...]
     tied: dict[str, str] = field(default_factory=dict)
     other: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
     experts: int = 0
 
     @property
@@ -198,6 +202,10 @@ class Structure:
                 wanted.add(role)
             else:
                 raise unknown_name("role", role, [*self.roles, "linear", "all"])
+        for pair in self.copies:
+            # Two stored copies of one tied tensor must stay equal, or the model is no longer tied when loaded.
+            if wanted & set(pair):
+                wanted.update(pair)
         return wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -120,7 +121,11 @@ def convert(setting: Setting, value: object) -> object:
     annotation: typing.Any = setting.annotation
     given = value
     if typing.get_origin(annotation) is tuple and isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
+        # "all" is how an empty choice is printed.
+        listed = "" if value == "all" and not setting.default else value.strip("[]()")
+        value = [part.strip() for part in listed.split(",") if part.strip()]
+    elif typing.get_origin(annotation) is tuple and isinstance(value, int):
+        value = [value]
     if isinstance(annotation, types.UnionType) and value in ("none", "None", ""):
         value = None
     try:
@@ -133,7 +138,9 @@ def convert(setting: Setting, value: object) -> object:
         raise unknown_name(f"value of {setting.name}", str(result), setting.choices)
     if isinstance(result, int | float) and not isinstance(result, bool):
         low, high = setting.minimum, setting.maximum
-        if result != result or (low is not None and result < low) or (high is not None and result > high):
+        if not math.isfinite(result):
+            raise UsageError(f"{setting.name}={value} is not a finite number", setting.help, "")
+        if (low is not None and result < low) or (high is not None and result > high):
             bounds = " and ".join(
                 part
                 for part in (

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
-from llmsurgery.errors import SurgeryError, UsageError
-from llmsurgery.train.config import TrainingConfig
+from llmsurgery.errors import SurgeryError
+from llmsurgery.train.config import TrainingConfig, require_trainable_roles
 from llmsurgery.train.experts import attach_experts
 
 ReadTensor = Callable[[str], npt.NDArray[np.floating]]
@@ -39,20 +39,6 @@ class Trainable:
     autocast: torch.dtype | None
     edits: Callable[[], list[Edit]]
     reference: Callable[[], object] | None
-
-
-def require_trainable_roles(targets: Sequence[RoleTensor], config: TrainingConfig) -> None:
-    """Refuse adapters on tensors that are not matrices of a block.
-
-    Raises:
-        UsageError: Names the role and the way out.
-    """
-    if config.train == "lora" and (other := sorted({t.role for t in targets} - set(LINEAR_ROLES))):
-        raise UsageError(
-            f"adapters cannot be put on {', '.join(other)}",
-            f"LoRA goes on the matrices of the blocks: {', '.join(LINEAR_ROLES)}",
-            "choose other roles, or train the weights themselves with --set train=full",
-        )
 
 
 @contextmanager
@@ -150,8 +136,16 @@ def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTenso
             moving[target.stored] = parameter
             wider = compute != torch.float32
 
+    def trained(target: RoleTensor) -> npt.NDArray[np.floating]:
+        values = moving[target.stored].detach().cpu().numpy()
+        if target.dtype != "F64":
+            return values.copy()
+        stored = read(target.stored)
+        # fp32 training adds its change to the wider stored values instead of rounding them.
+        return stored + (values.astype(np.float64) - stored.astype(np.float32))
+
     def edits() -> list[Edit]:
-        return [Replace(target.stored, moving[target.stored].detach().cpu().numpy().copy()) for target in targets]
+        return [Replace(target.stored, trained(target)) for target in targets]
 
     parameters = list(dict.fromkeys(moving[target.stored] for target in targets))
     # Experts are put together in the compute dtype and need no autocast.

@@ -217,6 +217,15 @@ def test_a_tensor_of_another_model_has_no_role(checkpoints: dict[str, Path]) -> 
         detect(Checkpoint.open(checkpoints["gpt_neox"]).config, checkpoint.tensors)
 
 
+def test_buffers_of_old_pythia_files_are_no_strangers(checkpoints: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(checkpoints["gpt_neox"])
+    like = next(iter(checkpoint.tensors.values()))
+    old = [f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    found = detect(checkpoint.config, {**checkpoint.tensors, **{name: replace(like, name=name) for name in old}})
+    assert found.other == ()
+    assert len(found.tensors) == len(checkpoint.tensors)
+
+
 def test_experts_stored_as_one_tensor_are_refused_with_the_way_out(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

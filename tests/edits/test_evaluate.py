@@ -192,3 +192,10 @@ def test_damaged_source_tensor_is_refused_when_it_is_read(
     # A tensor that no edit reads is carried over as it is.
     write(source, tmp_path / "out", [LowRank(DOWN, np.ones((32, 1)), np.ones((1, 64)))])
     assert not load_file(tmp_path / "out" / "model.safetensors")[UP].isfinite().all()
+
+
+def test_negative_zeros_keep_their_bits() -> None:
+    raw = np.array([[-0.0, 0.0], [1.0, -0.0]], dtype="<f4")
+    info = TensorInfo("w", "F32", (2, 2), Path("x"), 0, 16)
+    result = evaluate_rows([LowRank("w", np.zeros((2, 1)), np.zeros((1, 2)))], raw, info, 0, 2)
+    assert result.tobytes() == raw.tobytes()

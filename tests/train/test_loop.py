@@ -104,10 +104,10 @@ def test_batches_of_the_loop_follow_the_sampler(checkpoints: dict[str, Path]) ->
     ("settings", "rows", "steps"),
     [
         ({"max_steps": 7}, 100, 7),
-        ({"max_steps": 0, "epochs": 3, "batch_size": 2}, 5, 9),
+        ({"max_steps": 0, "epochs": 3, "batch_size": 2}, 5, 8),
         ({"max_steps": 0, "epochs": 3, "batch_size": 8}, 5, 3),
         ({"max_steps": 4, "epochs": 3, "batch_size": 2}, 5, 4),
-        ({"max_steps": 50, "epochs": 3, "batch_size": 2}, 5, 9),
+        ({"max_steps": 50, "epochs": 3, "batch_size": 2}, 5, 8),
     ],
 )
 def test_number_of_steps(settings: dict[str, object], rows: int, steps: int) -> None:

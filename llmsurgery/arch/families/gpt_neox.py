@@ -2,7 +2,7 @@
 
 `attn.qkv` is ordered by head: the rows of q, k and v of head 0, then of head 1. With `use_parallel_residual`, the
 usual case, attention and MLP both read the block's input, each through its own norm. The head is stored as
-`embed_out` and loaded as `lm_head`.
+`embed_out` and loaded as `lm_head`. Old checkpoints carry causal masks and rotary frequencies as buffers.
 """
 
 from llmsurgery.arch.spec import Family
@@ -23,5 +23,6 @@ FAMILY = Family(
         "lm_head": "lm_head",
     },
     stored={"lm_head": "embed_out"},
+    buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),
     stored_prefixes=(("gpt_neox.", "gpt_neox."), ("gpt_neox.", "")),
 )
