@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery import __version__
 from llmsurgery.checkpoint import file_digest
+from llmsurgery.data.records import Row
 from llmsurgery.edits.coverage import RoleCoverage
 from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
@@ -18,7 +21,8 @@ from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 
 if TYPE_CHECKING:
-    from llmsurgery.evaluate.figures import Figure, Measurement
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.intervals import Figure
 
 FORMAT = 1
 NAME = "surgery.json"
@@ -74,10 +78,8 @@ def build_manifest(
                 "record": record,
             }
         ],
-        "data": {
-            name: {"path": str(path), "sha256": file_digest(path), "rows": len(prepared.rows[name])}
-            for name, path in prepared.files.items()
-        },
+        "data": data_records(prepared.files, prepared.rows),
+        "retain_model": prepared.retain_model,
         "export": prepared.method.spec.export,
         "coverage": [dataclasses.asdict(row) for row in covered],
         "tensors": {change.name: _change_record(change) for change in changes},
@@ -110,11 +112,39 @@ def metric_records(before: Measurement, after: Measurement) -> dict[str, object]
 def figure_record(figure: Figure) -> dict[str, object]:
     """Return one figure as JSON values; a value that is not finite becomes null."""
     interval = figure.interval
-    return {
-        "value": figure.value if math.isfinite(figure.value) else None,
+    record: dict[str, object] = {
+        "value": finite(figure.value),
         "n": figure.n,
         "interval": list(interval) if interval and all(map(math.isfinite, interval)) else None,
     }
+    return record | ({"detail": finite(dict(figure.detail))} if figure.detail else {})
+
+
+def finite(value: object) -> object:
+    """Return JSON values with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def data_records(files: Mapping[str, Path], rows: Mapping[str, Sequence[Row]]) -> dict[str, object]:
+    """Return path, digest and number of rows of every data set; never a row."""
+    return {
+        name: {"path": str(path), "sha256": data_digest(path, rows[name]), "rows": len(rows[name])}
+        for name, path in files.items()
+    }
+
+
+def data_digest(path: Path, rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of a data file, or of the rows of a data set that is no file."""
+    if path.is_file():
+        return file_digest(path)
+    digest = hashlib.sha256()
+    for row in rows:
+        content = dataclasses.asdict(row)
+        del content["where"]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def encode_manifest(manifest: dict[str, object]) -> bytes:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure
-from llmsurgery.checkpoint import FLOAT, Checkpoint
+from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.records import Row, read_rows
 from llmsurgery.demo import world_path
 from llmsurgery.errors import UnsupportedError, UsageError
-from llmsurgery.evaluate.config import EvaluationConfig
-from llmsurgery.evaluate.gates import Gate, parse_gate
+from llmsurgery.evaluate.config import EvaluationConfig, settle
+from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
@@ -27,9 +27,10 @@ from llmsurgery.train.config import TrainingConfig, suitable_lr
 
 if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
-    from llmsurgery.evaluate.figures import EvaluationData
+    from llmsurgery.evaluate.encode import EvaluationData
 
-DATA_NAMES = ("forget", "retain", "text")
+DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
+SETS = DATA_NAMES[:-1]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Prepared:
         gates: Parsed gates.
         until: Parsed stop rule.
         out: Where the result goes.
+        retained: Model that never saw the forget rows, or None.
     """
 
     request: Request
@@ -69,6 +71,14 @@ class Prepared:
     gates: list[Gate]
     until: Gate | None
     out: Path
+    retained: Checkpoint | None
+
+    @property
+    def retain_model(self) -> dict[str, object] | None:
+        """The retain model as the manifest names it."""
+        if self.retained is None:
+            return None
+        return {"path": str(self.retained.root), "config_sha256": file_digest(self.retained.root / "config.json")}
 
 
 def prepare(request: Request) -> Prepared:
@@ -85,13 +95,14 @@ def prepare(request: Request) -> Prepared:
     method = find_method(request.method, request.task)
     config, evaluation = split_settings(method, request)
     files = data_files(method, request)
-    available = {name for name in DATA_NAMES if name in files}
-    gates = [parse_gate(text, available) for text in request.require]
+    available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
+    gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, request, available)
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
     source = resolve_source(request.model if request.model is not None else world_path("model"))
     checkpoint = Checkpoint.open(source)
+    retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure)
     targets = method.plan(config, structure)
@@ -105,12 +116,14 @@ def prepare(request: Request) -> Prepared:
     if not request.dry_run:
         check_target(checkpoint, out, request.force)
     rows = {name: read_rows(path) for name, path in files.items()}
+    for gate in gates:
+        require_data(gate, available | row_needs(rows, evaluation))
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
     measured = encode_for_figures(encoder, rows, evaluation)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out,
+        gates, until, out, retained,
     )  # fmt: skip
 
 
@@ -124,8 +137,19 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
     if request.model is None:
         own = {**method.spec.demo_settings, **own}
     config = resolve_config(method.config_type, own, method.spec.presets)
-    evaluation: EvaluationConfig = resolve_config(EvaluationConfig, shared)
-    return config, evaluation
+    return config, settle(resolve_config(EvaluationConfig, shared))
+
+
+def offered_needs(evaluation: EvaluationConfig, retained: bool) -> set[str]:
+    """Return the needs of metrics that are met by options other than data."""
+    return ({"retain-model"} if retained else set()) | ({"answers"} if evaluation.generate else set())
+
+
+def row_needs(rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -> set[str]:
+    """Return the needs of metrics that the rows themselves meet."""
+    if not evaluation.truth_ratio:
+        return set()
+    return {f"perturbed:{name}" for name, members in rows.items() if any(row.perturbed_answers for row in members)}
 
 
 def settle_lr(config: object, structure: Structure) -> object:
@@ -203,9 +227,9 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
 
 def encode_for_figures(encoder: Encoder, rows: Mapping[str, Sequence[Row]], config: EvaluationConfig) -> EvaluationData:
     """Encode the data sets that figures are measured on."""
-    from llmsurgery.evaluate.figures import encode_data
+    from llmsurgery.evaluate.encode import encode_data
 
-    sets = {name: list(rows[name]) for name in ("forget", "retain") if name in rows}
+    sets = {name: list(rows[name]) for name in SETS if name in rows}
     return encode_data(encoder, sets, list(rows.get("text", ())), config)
 
 
