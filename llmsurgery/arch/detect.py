@@ -96,7 +96,9 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     with_role = {tensor.stored for tensor in result}
     # A checkpoint may store the tied copy as well; then both names have a role and nothing is shared on disk.
     shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in result)}
-    return Structure(family, layers, tuple(result), shared, tuple(n for n in tensors if n not in with_role))
+    copies = tuple((role, target) for role, target in tied.items() if role not in shared)
+    other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
+    return Structure(family, layers, tuple(result), shared, other, copies)
 
 
 def _stored_prefix(family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:

@@ -26,6 +26,7 @@ class Family:
         optional: Roles that a checkpoint may lack.
         tied: (role, role it shares its tensor with) when the config ties them.
         tied_by_default: Whether a config without `tie_word_embeddings` ties them.
+        buffers: Endings of stored names that are constants of the code; stock transformers ignores them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     optional: frozenset[str] = frozenset()
     tied: tuple[tuple[str, str], ...] = (("lm_head", "embed"),)
     tied_by_default: bool = False
+    buffers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Structure:
         tensors: Every stored tensor that has a role, in table order.
         tied: Role -> role whose stored tensor it shares, as found in this checkpoint.
         other: Stored names without a role.
+        copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
     """
 
     family: Family
@@ -94,6 +97,7 @@ class Structure:
     tensors: tuple[RoleTensor, ...]
     tied: dict[str, str] = field(default_factory=dict)
     other: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
     def roles(self) -> list[str]:
@@ -153,4 +157,8 @@ class Structure:
                 wanted.add(role)
             else:
                 raise unknown_name("role", role, [*self.roles, "linear", "all"])
+        for pair in self.copies:
+            # Two stored copies of one tied tensor must stay equal, or the model is no longer tied when loaded.
+            if wanted & set(pair):
+                wanted.update(pair)
         return wanted

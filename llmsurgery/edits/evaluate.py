@@ -58,20 +58,24 @@ def evaluate_rows(
     Raises:
         DivergedError: The result does not fit the stored dtype (overflow).
     """
-    values = decode(raw, info.dtype).astype(np.float64)
+    before = decode(raw, info.dtype)
+    values = before.astype(np.float64)
     for edit in edits:
         if isinstance(edit, LowRank):
             values = values + edit.u[start:stop].astype(np.float64) @ edit.v.astype(np.float64)
         elif isinstance(edit, Replace):
             values = edit.values[start:stop].astype(np.float64)
-    result = encode(values, info.dtype)
-    if not np.isfinite(decode(result, info.dtype)).all():
+    with np.errstate(over="ignore"):
+        result = encode(values, info.dtype)
+    after = decode(result, info.dtype)
+    if not np.isfinite(after).all():
         raise DivergedError(
             f"edit of {info.name} overflows its stored dtype {info.dtype}",
             "a value became NaN or Inf when it was rounded",
             "lower the step size (--set lr=...) or train fewer steps",
         )
-    return result
+    # -0.0 + 0.0 is +0.0: an entry whose value did not move keeps its bits, so that it counts as unchanged.
+    return np.where(after == before, raw, result)
 
 
 def tensor_edits(edits: Sequence[Edit]) -> list[TensorEdit]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from llmsurgery.data.chat import Encoded, Encoder
+from llmsurgery.data.chat import CHUNK_TOKENS, Encoded, Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
@@ -22,6 +22,7 @@ class EvaluationData:
         texts: Encoded plain texts.
         paraphrased: Set name -> position -> the same prompt with the paraphrased answer.
         wrong: Set name -> position -> the same prompt with each wrong answer.
+        skipped: Set name -> passages too short to be cut into prompt and answer.
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
     """
 
@@ -30,6 +31,7 @@ class EvaluationData:
     texts: list[Encoded]
     paraphrased: dict[str, dict[int, Encoded]] = field(default_factory=dict)
     wrong: dict[str, dict[int, list[Encoded]]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     whole: dict[str, list[Encoded]] = field(default_factory=dict)
 
     @property
@@ -39,7 +41,11 @@ class EvaluationData:
 
 
 def encode_data(
-    encoder: Encoder, sets: dict[str, list[Row]], texts: Sequence[Row], config: EvaluationConfig
+    encoder: Encoder,
+    sets: dict[str, list[Row]],
+    texts: Sequence[Row],
+    config: EvaluationConfig,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> EvaluationData:
     """Encode data sets for measuring.
 
@@ -48,6 +54,7 @@ def encode_data(
         sets: Set name -> rows; rows of plain text are cut into chunks.
         texts: Plain text rows; the first `text_rows` of enough length are used.
         config: Evaluation settings.
+        chunk_tokens: Longest chunk of plain text in a set, the same as in training.
 
     Raises:
         InputError: A row does not fit into the model, or no text is long enough.
@@ -59,7 +66,7 @@ def encode_data(
         if name == "holdout":
             data.rows[name], data.encoded[name] = kept, _encode_whole(encoder, kept, config)
         else:
-            _encode_set(data, encoder, name, kept, config)
+            _encode_set(data, encoder, name, kept, config, chunk_tokens)
     if "holdout" in sets and "forget" in sets:
         forget = sets["forget"][: config.rows or None]
         data.whole["forget"] = _encode_whole(encoder, forget, config)
@@ -72,7 +79,12 @@ def encode_data(
 
 
 def _encode_set(
-    data: EvaluationData, encoder: Encoder, name: str, members: Sequence[Row], config: EvaluationConfig
+    data: EvaluationData,
+    encoder: Encoder,
+    name: str,
+    members: Sequence[Row],
+    config: EvaluationConfig,
+    chunk_tokens: int,
 ) -> None:
     rows: list[Row] = []
     encoded: list[Encoded] = []
@@ -83,9 +95,13 @@ def _encode_set(
             if row.paraphrased_answer is not None:
                 paraphrased = data.paraphrased.setdefault(name, {})
                 paraphrased[len(rows)] = encoder.encode(row, row.paraphrased_answer)
-        parts = encoder.encode_chunks(row, config.text_tokens) if row.kind == "text" else [encoder.encode(row)]
+        parts = encoder.encode_chunks(row, chunk_tokens) if row.kind == "text" else [encoder.encode(row)]
         rows += [row] * len(parts)
         encoded += parts
+        if not parts:
+            data.skipped[name] = data.skipped.get(name, 0) + 1
+    if not encoded:
+        raise InputError(f"every passage of --{name} has fewer than four tokens", "nothing can be measured", "")
     data.rows[name], data.encoded[name] = rows, encoded
 
 

@@ -24,6 +24,7 @@ from llmsurgery.evaluate.scores import SetScores
 class TextReference:
     """The source model's distributions on the plain text, for `utility.kl` and `utility.ppl_ratio`."""
 
+    ids: list[tuple[int, ...]]
     hidden: list[torch.Tensor]
     head: tuple[torch.Tensor, torch.Tensor | None]
     perplexity: float
@@ -111,4 +112,4 @@ def _measure_text(
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
     head = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-    return TextReference(hidden, head, perplexity.number)
+    return TextReference([text.ids for text in texts], hidden, head, perplexity.number)

@@ -104,7 +104,8 @@ class Gate:
     relative: bool
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.operator}{self.threshold:g}{'x' if self.relative else ''}"
+        number = repr(self.threshold).removesuffix(".0")
+        return f"{self.metric}{self.operator}{number}{'x' if self.relative else ''}"
 
     def limit(self, before: float | None) -> float:
         """Return the absolute bound, given the value before."""
@@ -128,7 +129,7 @@ class GateOutcome:
     passed: bool
 
 
-def parse_gate(text: str, available: set[str]) -> Gate:
+def parse_gate(text: str, available: Collection[str]) -> Gate:
     """Parse one gate.
 
     Args:

@@ -96,6 +96,7 @@ def ratio_figure(rows: Sequence[npt.NDArray[np.float64]], transform: bool = Fals
     sums, counts = [float(row.sum()) for row in rows], [len(row) for row in rows]
     value, interval = sum(sums) / sum(counts), bootstrap_interval(sums, counts)
     if transform:
-        value = float(np.exp(value))
-        interval = None if interval is None else (float(np.exp(interval[0])), float(np.exp(interval[1])))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(value))
+            interval = None if interval is None else (float(np.exp(interval[0])), float(np.exp(interval[1])))
     return Figure(value, len(rows), interval)

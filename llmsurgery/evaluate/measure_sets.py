@@ -153,17 +153,16 @@ def _answer(
     count = config.generation_rows or len(data.encoded[name])
     encoded, task = data.encoded[name][:count], f"answering {name}"
     prompts = [Encoded(row.ids[: row.answer_start], row.answer_start, False, row.where) for row in encoded]
-    room = encoder.max_length - max(len(prompt.ids) for prompt in prompts)
     if config.protocol != "muse":
         wanted = 2 * max(row.labels for row in encoded) if config.protocol == "own" else config.generation_tokens
-        new_tokens = max(1, min(config.generation_tokens, wanted, room))
+        new_tokens = min(config.generation_tokens, wanted)
         answers = greedy_answers(model, encoder, prompts, new_tokens, config.batch_size, progress, task)
         return answers, rouge_l([encoder.answer_text(row) for row in encoded], answers, "recall", stemming=True)
     answers, references = [""] * len(encoded), [""] * len(encoded)
     questions = [row.kind in ("qa", "messages") for row in data.rows[name][:count]]
     for question, limit in ((True, _KNOWLEDGE_TOKENS), (False, _CONTINUATION_TOKENS)):
         chosen = [i for i, found in enumerate(questions) if found == question]
-        new_tokens = max(1, min(config.generation_tokens, limit, room))
+        new_tokens = min(config.generation_tokens, limit)
         found = greedy_answers(
             model, encoder, [prompts[i] for i in chosen], new_tokens, config.batch_size, progress, task
         )

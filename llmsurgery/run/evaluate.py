@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery import __version__
+from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, file_digest
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
@@ -18,9 +18,16 @@ from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, check_gates, parse_gate, require_data
 from llmsurgery.evaluate.logs import read_retain_log
 from llmsurgery.methods.settings import as_record, resolve_config
-from llmsurgery.run.execute import memory_errors
-from llmsurgery.run.manifest import data_records, figure_record
-from llmsurgery.run.prepare import encode_for_figures, make_encoder, offered_needs, row_needs, stored_dtype
+from llmsurgery.run.manifest import data_records, figure_record, gate_record
+from llmsurgery.run.prepare import (
+    data_digest,
+    encode_for_figures,
+    make_encoder,
+    offered_needs,
+    require_known_tokens,
+    row_needs,
+    stored_dtype,
+)
 from llmsurgery.run.reference import score_retain_model
 from llmsurgery.run.request import EvaluationRequest
 
@@ -36,6 +43,8 @@ _UTILITY = "utility.model_utility"
 
 def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str, object]:
     """Measure checkpoints on the same data; see `llmsurgery.api.evaluate_checkpoints` for the result."""
+    from llmsurgery.compute.device import memory_errors, resolve_device
+
     config = evaluation_config(request)
     files = {"text": GENERAL_TEXT, **{name: Path(path) for name, path in request.data.items()}}
     given = set(files) | offered_needs(config, bool(request.retain_model or request.retain_log))
@@ -51,25 +60,28 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     retained = None if retained_log is None else first_rows(retained_log.scores, config)
     with memory_errors():
         if retained_model is not None:
-            options = (request.device, request.dtype, request.trust_remote_code)
+            options = (resolve_device(request.device), request.dtype, request.trust_remote_code)
             retained = score_retain_model(retained_model, rows, config, *options, progress)
         before = None if source is None else _measure_one(source, rows, config, request, progress, retained, None)
         results = [_measure_one(place, rows, config, request, progress, retained, before) for place in places]
     if {"authors", "facts"} & set(files) and _UTILITY not in results[0].figures:
         progress.notice(f"{_UTILITY} needs --retain, --authors and --facts, all with perturbed_answer, and answers")
     kept = [_without_source(result.figures, before is not None) for result in results]
-    records = judge(request.models, kept, gates, before.figures if before else {})
+    records, failed = judge(request.models, kept, gates, before.figures if before else {})
     if request.log is not None:
         write_log(request.log, results[0].scores, kept[0], config)
-    return {
+    source_figures = {} if before is None else before.figures
+    document: dict[str, object] = {
         "models": records,
         "source": None
         if before is None
-        else {"path": request.source, "metrics": {key: figure_record(one) for key, one in before.figures.items()}},
+        else {"path": request.source, "metrics": {key: figure_record(one) for key, one in source_figures.items()}},
         "retained": retained_record(request),
-        "data": data_records(files, rows),
+        "data": data_records(files, rows, {name: data_digest(path, rows[name]) for name, path in files.items()}),
         "evaluation": as_record(config),
     }
+    require_gates(failed, document)
+    return document
 
 
 def evaluation_config(request: EvaluationRequest) -> EvaluationConfig:
@@ -128,10 +140,18 @@ def _measure_one(
 
     encoder = make_encoder(checkpoint)
     data = encode_for_figures(encoder, rows, config)
+    structure = detect(checkpoint.config, checkpoint.tensors)
+    require_known_tokens(data, structure)
+    reference = None if before is None else before.reference
+    if reference is not None and [text.ids for text in data.texts] != reference.ids:
+        raise UsageError(
+            f"{checkpoint.root} and the source of --source have different tokenizers",
+            "distributions over different tokens cannot be compared",
+            "measure it without --source",
+        )
     place = resolve_device(request.device)
     wanted = resolve_dtype(request.dtype, stored_dtype(checkpoint), place)
-    model = load_model(checkpoint.root, wanted, place, request.trust_remote_code)
-    reference = None if before is None else before.reference
+    model = load_model(checkpoint.root, wanted, place, request.trust_remote_code, structure.family.buffers)
     keep = before is None and request.source is not None
     return measure(model, encoder, data, config, progress, reference, keep, retained)
 
@@ -142,13 +162,10 @@ def _without_source(figures: Mapping[str, Figure], compared: bool) -> dict[str, 
 
 def judge(
     names: Sequence[str], figures: Sequence[Mapping[str, Figure]], gates: Sequence[Gate], before: Mapping[str, Figure]
-) -> list[dict[str, object]]:
-    """Return the record of every model or log, gates included.
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Return the record of every model or log, gates included, and what failed.
 
     `forget.quality` is null, never 0, where truth ratios have nothing to be compared with.
-
-    Raises:
-        GateError: A gate failed.
     """
     results: list[dict[str, object]] = []
     failed: list[str] = []
@@ -159,10 +176,20 @@ def judge(
         metrics = {key: figure_record(figure) for key, figure in found.items()}
         if "forget.truth_ratio" in metrics and "forget.quality" not in metrics:
             metrics["forget.quality"] = {"value": None, "n": found["forget.truth_ratio"].n, "interval": None}
-        results.append({"path": name, "metrics": metrics, "gates": [asdict(outcome) for outcome in outcomes]})
+        results.append({"path": name, "metrics": metrics, "gates": [gate_record(outcome) for outcome in outcomes]})
+    return results, failed
+
+
+def require_gates(failed: Sequence[str], document: dict[str, object]) -> None:
+    """Stop where a gate failed.
+
+    Raises:
+        GateError: Carries the document.
+    """
     if failed:
-        raise GateError(f"{len(failed)} gates failed, first {failed[0]}", "a measured value missed its bound", "")
-    return results
+        error = GateError(f"{len(failed)} gates failed, first {failed[0]}", "a measured value missed its bound", "")
+        error.report = document
+        raise error
 
 
 def first_rows(scores: Mapping[str, SetScores], config: EvaluationConfig) -> dict[str, SetScores]:

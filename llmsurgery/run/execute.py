@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +16,12 @@ from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import Edit
 from llmsurgery.edits.write import write_edits
-from llmsurgery.errors import DamagedError, GateError, NoEffectError, ResourceError
+from llmsurgery.errors import DamagedError, GateError, NoEffectError
 from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.plan import plan
-from llmsurgery.run.prepare import Prepared, prepare, stored_dtype
+from llmsurgery.run.prepare import Prepared, prepare, report_path
 from llmsurgery.run.request import Request
 
 if TYPE_CHECKING:
@@ -125,6 +124,8 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
         publication.write_file("README.md", card.encode())
         publication.write_file(NAME, encode_manifest(manifest))
         publication.publish()
+    # A report of an earlier failure would contradict the result that now stands beside it.
+    report_path(prepared.out).unlink(missing_ok=True)
     return Outcome(manifest, prepared.out, _examples(prepared, before, after))
 
 
@@ -144,17 +145,16 @@ class Notices:
 
 def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Edit], dict[str, object]]:
     """Load the source, measure it, run the method; the model is dropped on return."""
-    from llmsurgery.compute.device import resolve_device, resolve_dtype, set_seeds
-    from llmsurgery.compute.load import load_model
+    from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import measure
 
     request = prepared.request
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(prepared.checkpoint), device)
+    for name, count in prepared.measured.skipped.items():
+        notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")
     set_seeds(request.seed)
     with memory_errors():
         retained = _score_retain_model(prepared, notices)
-        model = load_model(prepared.checkpoint.root, dtype, device, request.trust_remote_code)
+        model = _load(prepared, prepared.checkpoint.root)
         before = measure(
             model,
             prepared.encoder,
@@ -178,7 +178,7 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)
-    if prepared.until is not None and record.get("stopped") == "max_steps":
+    if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     return before, list(result.edits), record
 
@@ -189,8 +189,15 @@ def _score_retain_model(prepared: Prepared, notices: Notices) -> Mapping[str, Se
     request = prepared.request
     if prepared.retained is None:
         return None
-    options = (request.device, request.dtype, request.trust_remote_code)
+    options = (prepared.device, request.dtype, request.trust_remote_code)
     return score_retain_model(prepared.retained, prepared.rows, prepared.evaluation, *options, notices)
+
+
+def _load(prepared: Prepared, path: Path) -> PreTrainedModel:
+    from llmsurgery.compute.load import load_model
+
+    trust = prepared.request.trust_remote_code
+    return load_model(path, prepared.dtype, prepared.device, trust, prepared.structure.family.buffers)
 
 
 def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floating]]:
@@ -212,40 +219,43 @@ def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) 
     if rule is None:
         return None
     metric = rule.metric
-    baseline = before.figures[metric].number
     encoded = prepared.measured.encoded["forget"][:STOP_ROWS]
     batch_size, pad_id = prepared.evaluation.batch_size, prepared.encoder.pad_id
+
+    def score(autocast: torch.dtype | None) -> float:
+        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        if metric == "forget.prob":
+            values = [answer_probability(row) for row in scores]
+        else:
+            values = [token_probability(row, given) for row, given in zip(scores, encoded, strict=True)]
+        return sum(values) / len(values)
+
+    # The bound `0.2x` is relative to the same rows that are watched.
+    watched_all = len(encoded) == len(prepared.measured.encoded["forget"])
+    baseline = before.figures[metric].number if watched_all else score(None)
 
     def reached(autocast: torch.dtype | None) -> bool:
         training = model.training
         model.eval()
-        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        value = score(autocast)
         model.train(training)
-        if metric == "forget.prob":
-            values = [answer_probability(score) for score in scores]
-        else:
-            values = [token_probability(score, row) for score, row in zip(scores, encoded, strict=True)]
-        return rule.holds(sum(values) / len(values), baseline)
+        return rule.holds(value, baseline)
 
     return reached
 
 
 def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices: Notices) -> Measurement:
     """Reload the written checkpoint with stock transformers and measure that, not the live training object."""
-    from llmsurgery.compute.device import resolve_device, resolve_dtype
-    from llmsurgery.compute.load import load_model
+    from llmsurgery.compute.device import memory_errors
     from llmsurgery.evaluate.figures import measure
 
-    request = prepared.request
     written = Checkpoint.open(path)
     if written.tensors.keys() != prepared.checkpoint.tensors.keys():
         raise DamagedError(
             "the written checkpoint has other tensors than its source", "it was changed while written", ""
         )
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(written), device)
     with memory_errors():
-        model = load_model(path, dtype, device, request.trust_remote_code)
+        model = _load(prepared, path)
         return measure(
             model,
             prepared.encoder,
@@ -255,29 +265,6 @@ def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices
             reference=before.reference,
             retained=before.retained,
         )
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn running out of memory into the error that has its exit code.
-
-    Raises:
-        ResourceError: In place of any out-of-memory error.
-    """
-    import torch
-
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        message = str(error)
-        # On the CPU torch raises a plain RuntimeError.
-        if type(error) is RuntimeError and "can't allocate memory" not in message:
-            raise
-        raise ResourceError(
-            "out of memory",
-            message.splitlines()[0][:200] if message else "an allocation failed",
-            "lower --batch-size or --set max_length=..., or use --set gradient_checkpointing=true",
-        ) from error
 
 
 def _values(measurement: Measurement) -> dict[str, float]:
@@ -308,18 +295,20 @@ def _cost(started: float, bytes_written: int) -> dict[str, object]:
 def _gate_error(
     failed: list[GateOutcome], manifest: dict[str, object], out: Path, publication: Publication
 ) -> GateError:
-    report = out.with_name(out.name + ".report.json")
+    report = report_path(out)
     temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
     temporary.write_bytes(encode_manifest(manifest))
     temporary.replace(report)
     first = failed[0]
     kept = f"; the checkpoint is kept in {publication.path}" if publication.keep else ""
-    return GateError(
+    error = GateError(
         f"gate {first.gate} failed: {first.value:.4g} against {first.limit:.4g}"
         + (f", and {len(failed) - 1} more" if len(failed) > 1 else ""),
         f"the checkpoint was not published; the report is {report}{kept}",
         "change the strength of the operation, or the gate",
     )
+    error.report = manifest
+    return error
 
 
 def _examples(prepared: Prepared, before: Measurement, after: Measurement, count: int = 3) -> tuple[Example, ...]:

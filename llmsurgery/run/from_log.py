@@ -14,6 +14,7 @@ from llmsurgery.run.evaluate import (
     evaluation_config,
     first_rows,
     judge,
+    require_gates,
     retained_record,
     write_log,
 )
@@ -45,18 +46,20 @@ def evaluate_logs(request: EvaluationRequest) -> dict[str, object]:
             if gate.metric not in figures:
                 raise UsageError(f"{gate.metric} cannot be computed", f"log {log.path} lacks its rows", "drop the gate")
         gates.append(gate)
-    records = judge(request.logs, found, gates, {})
+    records, failed = judge(request.logs, found, gates, {})
     for record, log in zip(records, logs, strict=True):
         record.update(layout=log.layout, sha256=file_digest(log.path))
     if request.log is not None:
         write_log(request.log, scores[0], found[0], config)
-    return {
+    document: dict[str, object] = {
         "models": records,
         "source": None,
         "retained": retained_record(request),
         "data": {},
         "evaluation": as_record(config),
     }
+    require_gates(failed, document)
+    return document
 
 
 def _check_means(log: Log, config: EvaluationConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -70,24 +69,36 @@ def build_manifest(
                 "settings": as_record(prepared.config),
                 "evaluation": as_record(prepared.evaluation),
                 "seed": request.seed,
-                "device": request.device,
-                "dtype": request.dtype,
+                "device": str(prepared.device),
+                "dtype": str(prepared.dtype).removeprefix("torch."),
                 "batch_size": request.batch_size,
                 "until": None if prepared.until is None else str(prepared.until),
                 "require": [str(gate) for gate in prepared.gates],
                 "record": record,
             }
         ],
-        "data": data_records(prepared.files, prepared.rows),
+        "data": data_records(prepared.files, prepared.rows, prepared.hashes),
         "retain_model": prepared.retain_model,
+        "history": earlier_operations(prepared.checkpoint.root),
         "export": prepared.method.spec.export,
         "coverage": [dataclasses.asdict(row) for row in covered],
         "tensors": {change.name: _change_record(change) for change in changes},
         "metrics": metrics,
-        "gates": [dataclasses.asdict(outcome) for outcome in gates],
+        "gates": [gate_record(outcome) for outcome in gates],
         "notices": list(notices),
         "cost": cost,
     }
+
+
+def earlier_operations(source: Path) -> list[object]:
+    """Return the operations that made the source what it is, oldest first; empty for a model never operated on."""
+    try:
+        manifest = json.loads((source / NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return []
+    return [*manifest.get("history", []), *manifest.get("operations", [])]
 
 
 def _change_record(change: TensorChange) -> dict[str, object]:
@@ -127,24 +138,19 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def data_records(files: Mapping[str, Path], rows: Mapping[str, Sequence[Row]]) -> dict[str, object]:
+def data_records(
+    files: Mapping[str, Path], rows: Mapping[str, Sequence[Row]], hashes: Mapping[str, str]
+) -> dict[str, object]:
     """Return path, digest and number of rows of every data set; never a row."""
-    return {
-        name: {"path": str(path), "sha256": data_digest(path, rows[name]), "rows": len(rows[name])}
-        for name, path in files.items()
-    }
+    return {name: {"path": str(path), "sha256": hashes[name], "rows": len(rows[name])} for name, path in files.items()}
 
 
-def data_digest(path: Path, rows: Sequence[Row]) -> str:
-    """Return the SHA-256 of a data file, or of the rows of a data set that is no file."""
-    if path.is_file():
-        return file_digest(path)
-    digest = hashlib.sha256()
-    for row in rows:
-        content = dataclasses.asdict(row)
-        del content["where"]
-        digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()
+def gate_record(outcome: GateOutcome) -> dict[str, object]:
+    """Return a gate's outcome as JSON values; a number that is not finite becomes null."""
+    record: dict[str, object] = dataclasses.asdict(outcome)
+    for name in ("limit", "value"):
+        record[name] = record[name] if math.isfinite(getattr(outcome, name)) else None
+    return record
 
 
 def encode_manifest(manifest: dict[str, object]) -> bytes:

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
-from llmsurgery.errors import UsageError
-from llmsurgery.train.config import TrainingConfig
+from llmsurgery.train.config import TrainingConfig, require_trainable_roles
 
 ReadTensor = Callable[[str], npt.NDArray[np.floating]]
 """Reads a stored tensor as float32 (float64 if stored so)."""
@@ -38,20 +37,6 @@ class Trainable:
     autocast: torch.dtype | None
     edits: Callable[[], list[Edit]]
     reference: Callable[[], object] | None
-
-
-def require_trainable_roles(targets: Sequence[RoleTensor], config: TrainingConfig) -> None:
-    """Refuse adapters on tensors that are not matrices of a block.
-
-    Raises:
-        UsageError: Names the role and the way out.
-    """
-    if config.train == "lora" and (other := sorted({t.role for t in targets} - set(LINEAR_ROLES))):
-        raise UsageError(
-            f"adapters cannot be put on {', '.join(other)}",
-            f"LoRA goes on the matrices of the blocks: {', '.join(LINEAR_ROLES)}",
-            "choose other roles, or train the weights themselves with --set train=full",
-        )
 
 
 @contextmanager
@@ -120,15 +105,27 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
 def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTensor) -> Trainable:
     compute = model.dtype
     moving: dict[str, torch.nn.Parameter] = {}
+    wide: set[str] = set()
     for target in targets:
         parameter = model.get_submodule(target.module).get_parameter(target.part)
+        values = read(target.stored)
+        if values.dtype == np.float64:
+            wide.add(target.stored)
         # The stored values in fp32, in place, so that tied modules keep sharing one parameter.
-        parameter.data = torch.from_numpy(read(target.stored).astype(np.float32)).to(parameter.device)
+        parameter.data = torch.from_numpy(values.astype(np.float32)).to(parameter.device)
         parameter.requires_grad_(True)
         moving[target.stored] = parameter
 
+    def trained(name: str) -> npt.NDArray[np.floating]:
+        values = moving[name].detach().cpu().numpy()
+        if name not in wide:
+            return values.copy()
+        # fp32 training adds its change to the wider stored values instead of rounding them.
+        stored = read(name)
+        return stored + (values.astype(np.float64) - stored.astype(np.float32))
+
     def edits() -> list[Edit]:
-        return [Replace(name, parameter.detach().cpu().numpy().copy()) for name, parameter in moving.items()]
+        return [Replace(name, trained(name)) for name in moving]
 
     autocast = None if compute == torch.float32 else compute
     return Trainable(model, list(dict.fromkeys(moving.values())), autocast, edits, None)
