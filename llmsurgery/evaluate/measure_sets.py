@@ -137,7 +137,11 @@ def _score_membership(
     """Return Min-K% scores by share: answer tokens of a question, all but the first of a text."""
     task = f"scoring membership of {name}"
     scores = score_rows(model, whole, encoder.pad_id, config.batch_size, progress, task)
-    kept = [row[:-1] if one.ends else row for row, one in zip(scores, whole, strict=True)]
+    # As in _score_answers; a text of two tokens has one score, which stays.
+    released = config.protocol == "ou"
+    kept = [
+        row[:-1] if one.ends or (released and len(row) > 1) else row for row, one in zip(scores, whole, strict=True)
+    ]
     return {share: by_row(min_k(row, share) for row in kept) for share in sorted({*SHARES, config.min_k})}
 
 

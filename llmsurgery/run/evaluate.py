@@ -19,15 +19,8 @@ from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, check_gates, parse_gate, 
 from llmsurgery.evaluate.logs import read_retain_log
 from llmsurgery.methods.settings import as_record, resolve_config
 from llmsurgery.run.manifest import data_records, figure_record, gate_record
-from llmsurgery.run.prepare import (
-    data_digest,
-    encode_for_figures,
-    make_encoder,
-    offered_needs,
-    require_known_tokens,
-    row_needs,
-    stored_dtype,
-)
+from llmsurgery.run.needs import data_digest, offered_needs, row_needs
+from llmsurgery.run.prepare import encode_for_figures, make_encoder, require_known_tokens, stored_dtype
 from llmsurgery.run.reference import score_retain_model
 from llmsurgery.run.request import EvaluationRequest
 

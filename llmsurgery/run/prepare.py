@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
+from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import TrainingConfig, suitable_lr
 
@@ -156,18 +155,6 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
     return config, settle(resolve_config(EvaluationConfig, shared))
 
 
-def offered_needs(evaluation: EvaluationConfig, retained: bool) -> set[str]:
-    """Return the needs of metrics that are met by options other than data."""
-    return ({"retain-model"} if retained else set()) | ({"answers"} if evaluation.generate else set())
-
-
-def row_needs(rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -> set[str]:
-    """Return the needs of metrics that the rows themselves meet."""
-    if not evaluation.truth_ratio:
-        return set()
-    return {f"perturbed:{name}" for name, members in rows.items() if any(row.perturbed_answers for row in members)}
-
-
 def settle_lr(config: object, structure: Structure) -> object:
     """Fill in the step size of a trained method that was left to the toolkit, so that the manifest names it."""
     training = getattr(config, "training", None)
@@ -252,18 +239,6 @@ def encode_for_figures(
     chunk = min(CHUNK_TOKENS, training.max_length) if isinstance(training, TrainingConfig) else CHUNK_TOKENS
     sets = {name: list(rows[name]) for name in SETS if name in rows}
     return encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
-
-
-def data_digest(path: Path, rows: Sequence[Row]) -> str:
-    """Return the SHA-256 of a data file, or of the rows of a data set that is no file."""
-    if path.is_file():
-        return file_digest(path)
-    digest = hashlib.sha256()
-    for row in rows:
-        content = dataclasses.asdict(row)
-        del content["where"]
-        digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure) -> None:

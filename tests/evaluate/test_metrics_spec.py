@@ -282,3 +282,20 @@ def test_protocols_choose_rows_means_and_conventions(checkpoints: dict[str, Path
     assert results["ou"]["forget.extraction_strength"].number > results["own"]["forget.extraction_strength"].number
     for first, second in pairwise(results.values()):
         assert first["forget.prob"].number == pytest.approx(second["forget.prob"].number)
+
+
+def test_answers_under_the_protocol_of_muse(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def answer(model: object, encoder: object, prompts: list[object], new_tokens: int, *rest: object) -> list[str]:
+        asked.append((len(prompts), new_tokens))
+        return ["Orla Venn\nQuestion: who else?" for _ in prompts]
+
+    monkeypatch.setattr("llmsurgery.evaluate.measure_sets.greedy_answers", answer)
+    long = " mill" * 40
+    rows = [Row("qa", "Who?", "Orla Venn."), Row("completion", "The river", long), Row("text", "", "One" + long)]
+    found = measured(checkpoints["gpt2"], EvaluationConfig(protocol="muse"), {"forget": rows})
+    # 32 new tokens after a question, 128 after a text; the question's answer ends where the next would begin.
+    assert asked == [(1, 32), (2, 128)]
+    assert found.scores["forget"].rouge["0"] == 1.0
+    assert found.scores["forget"].rouge["1"] == 0.0
