@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.compute.head import head_parameters, label_log_probabilities
+from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.evaluate.aggregate import aggregate
@@ -26,7 +26,7 @@ class TextReference:
 
     ids: list[tuple[int, ...]]
     hidden: list[torch.Tensor]
-    head: tuple[torch.Tensor, torch.Tensor | None]
+    head: Head
     perplexity: float
 
 
@@ -94,12 +94,12 @@ def _measure_text(
     keep: bool,
 ) -> TextReference | None:
     hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
-    weight, bias = head_parameters(model)
+    head = read_head(model)
     losses = []
     with torch.inference_mode():
         for states, text in zip(hidden, texts, strict=True):
             labels = torch.tensor(text.ids[1:], device=states.device)
-            losses.append(-label_log_probabilities(states, weight, bias, labels).double().cpu().numpy())
+            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
     figures["utility.ppl"] = perplexity = ratio_figure(losses, transform=True)
     if reference is not None:
         ratio = perplexity.number / reference.perplexity
@@ -111,5 +111,4 @@ def _measure_text(
     if not keep:
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
-    head = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-    return TextReference([text.ids for text in texts], hidden, head, perplexity.number)
+    return TextReference([text.ids for text in texts], hidden, head.clone(), perplexity.number)

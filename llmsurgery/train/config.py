@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor, Structure
 from llmsurgery.errors import UsageError
 
 
@@ -39,9 +39,12 @@ class TrainingConfig:
 
     train: str = option("lora", "what moves: adapters, or the weights of `roles` themselves", ("lora", "full"))
     roles: tuple[str, ...] = option(
-        ("linear",), "roles that move; `linear`: every matrix of a block, `all`: every weight"
+        ("linear",), "roles that move; `linear`: every matrix of a block but routed experts, `all`: every weight"
     )
     layers: tuple[int, ...] = option((), "layers that move; empty: all")
+    experts: tuple[int, ...] = option(
+        (), "numbers of the routed experts that move, where `roles` names them; empty: all"
+    )
     rank: int = option(8, "rank of the adapters", minimum=1, maximum=65536)
     alpha: float = option(16.0, "scale of the adapters is alpha / rank", minimum=0)
     dropout: float = option(0.0, "dropout on the adapters' inputs", minimum=0, maximum=1)
@@ -58,6 +61,22 @@ class TrainingConfig:
     check_every: int = option(
         0, "steps between checks of --until; 0: as often as checks cost about as much as steps", minimum=0
     )
+
+
+def trained_tensors(config: TrainingConfig, structure: Structure) -> list[RoleTensor]:
+    """Return the stored tensors that `roles`, `layers` and `experts` choose.
+
+    Args:
+        config: Training hyperparameters.
+        structure: The checkpoint's roles.
+
+    Raises:
+        UsageError: An unknown role, layer or expert, or adapters on what is not a matrix of a block.
+        NoEffectError: Nothing is chosen.
+    """
+    targets = structure.select(config.roles, config.layers or None, config.experts or None)
+    require_trainable_roles(targets, config)
+    return targets
 
 
 def suitable_lr(width: int, train: str) -> float:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from llmsurgery.arch.detect import detect, find_family, load_families
 from llmsurgery.arch.spec import LINEAR_ROLES, Structure
 from llmsurgery.checkpoint import Checkpoint, TensorInfo
+from llmsurgery.compute.view import weight_view
 from llmsurgery.errors import DamagedError, NoEffectError, UnsupportedError, UsageError
 
 from ..builders import BUILDERS
@@ -37,7 +38,7 @@ def test_every_stored_tensor_has_the_role_of_its_module(architecture: str, check
     assert {tensor.stored for tensor in found.tensors} == set(Checkpoint.open(checkpoints[architecture]).tensors)
     for tensor in found.tensors:
         module = model.get_submodule(tensor.module)
-        assert tuple(module.get_parameter(tensor.part).shape) == tensor.shape
+        assert tuple(weight_view(model, tensor).shape) == tensor.shape
         # Conv1D of GPT-2 holds [inputs, outputs].
         assert tensor.transposed == (type(module).__name__ == "Conv1D" and tensor.part == "weight")
         assert found.role_of(tensor.stored) == tensor.label

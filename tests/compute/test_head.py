@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmsurgery.compute import head
 from llmsurgery.compute.head import (
+    Head,
     batch_log_probabilities,
     batch_statistics,
     label_log_probabilities,
@@ -39,7 +40,7 @@ def plain(tensors: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
 
 def chunked(tensors: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     hidden, weight, *bias = tensors
-    return label_log_probabilities(hidden, weight, bias[0] if bias else None, labels)
+    return label_log_probabilities(hidden, Head(weight, bias[0] if bias else None), labels)
 
 
 # One position a chunk, chunks that do not divide the positions, one chunk for all.
@@ -181,7 +182,7 @@ def test_statistics_equal_a_plain_computation(with_bias: bool, rows: int, monkey
     logits = torch.nn.functional.linear(*(tensor.double() for tensor in tensors))
     labels[::2] = logits.argmax(-1)[::2]
     hidden, weight, *bias = tensors
-    found = label_statistics(hidden, weight, bias[0] if bias else None, labels, moments=True)
+    found = label_statistics(hidden, Head(weight, *bias), labels, moments=True)
     scores = logits.log_softmax(-1)
     mean = (scores.exp() * scores).sum(-1)
     variance = (scores.exp() * (scores - mean[:, None]).square()).sum(-1)
@@ -191,12 +192,12 @@ def test_statistics_equal_a_plain_computation(with_bias: bool, rows: int, monkey
     torch.testing.assert_close(found.log_probabilities, chunked(tensors, labels))
     torch.testing.assert_close(found.mean, mean.float(), atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found.variance, variance.float(), atol=2e-5, rtol=1e-5)
-    assert label_statistics(hidden, weight, None, labels).mean is None
+    assert label_statistics(hidden, Head(weight), labels).mean is None
 
 
 def test_statistics_of_a_token_that_is_ruled_out_stay_finite() -> None:
     bias = torch.tensor([0.0, 1.0, -torch.inf])
-    found = label_statistics(torch.zeros(1, 2), torch.zeros(3, 2), bias, torch.tensor([1]), moments=True)
+    found = label_statistics(torch.zeros(1, 2), Head(torch.zeros(3, 2), bias), torch.tensor([1]), moments=True)
     p = torch.tensor([0.0, 1.0]).softmax(0)
     assert found.mean is not None
     assert found.mean.tolist() == pytest.approx([(p * p.log()).sum().item()], abs=1e-6)
@@ -218,11 +219,11 @@ def test_kl_equals_a_plain_computation(rows: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * VOCABULARY)
     (before, *before_head), _, _ = inputs(with_bias=True)
     (after, weight), _, _ = inputs(with_bias=False, seed=1)
-    result = mean_kl(before, after, (before_head[0], before_head[1]), (weight, None))
+    result = mean_kl(before, after, Head(*before_head), Head(weight))
     p = torch.nn.functional.linear(before.double(), *(t.double() for t in before_head)).softmax(-1)
     q = torch.nn.functional.linear(after.double(), weight.double()).softmax(-1)
     expected = (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
     assert (result > 0).all()
-    same = (before_head[0], before_head[1])
+    same = Head(*before_head)
     assert torch.equal(mean_kl(before, before, same, same), torch.zeros(POSITIONS))

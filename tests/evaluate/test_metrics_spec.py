@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from llmsurgery.compute.head import label_statistics
+from llmsurgery.compute.head import Head, label_statistics
 from llmsurgery.compute.load import load_model, load_tokenizer
 from llmsurgery.compute.progress import Silent
 from llmsurgery.data.chat import Encoder
@@ -121,7 +121,7 @@ def test_membership_scores() -> None:
     # At least one token counts, however few there are.
     assert min_k([-0.7], 0.4) == pytest.approx(0.7)
     p = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
-    found = label_statistics(torch.tensor(np.log(p)).float(), torch.eye(3), None, torch.tensor([1, 2]), moments=True)
+    found = label_statistics(torch.tensor(np.log(p)).float(), Head(torch.eye(3)), torch.tensor([1, 2]), moments=True)
     assert found.mean is not None
     assert found.variance is not None
     mean = (p * np.log(p)).sum(1)

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.registry import register
-from llmsurgery.train.config import TrainingConfig, option, require_trainable_roles
+from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -183,9 +183,7 @@ class Flat:
 
     def plan(self, config: FlatConfig, structure: Structure) -> Sequence[RoleTensor]:
         """Return the tensors that training may move."""
-        targets = structure.select(config.training.roles, config.training.layers or None)
-        require_trainable_roles(targets, config.training)
-        return targets
+        return trained_tensors(config.training, structure)
 
     def prepare(self, config: FlatConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> FlatData:
         """Encode the forget rows with their own and with every template answer."""
