@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.errors import UsageError
-from llmsurgery.run.request import Request
+from llmsurgery.run.request import EvaluationRequest, Request
 
 if TYPE_CHECKING:
     from llmsurgery.compute.progress import Progress
@@ -37,12 +36,20 @@ def operate(request: Request, progress: Progress | None = None) -> Outcome:
     return execute(request, progress or Silent(), write_card)
 
 
+def _given(**files: File | None) -> dict[str, str]:
+    return {name: fspath(path) for name, path in files.items() if path is not None}
+
+
 def unlearn(
     model: File | None = None,
     *,
     method: str,
     forget: File | None = None,
     retain: File | None = None,
+    holdout: File | None = None,
+    retain_model: File | None = None,
+    authors: File | None = None,
+    facts: File | None = None,
     text: File | None = None,
     out: File | None = None,
     settings: Mapping[str, object] | None = None,
@@ -66,6 +73,10 @@ def unlearn(
         method: Method name, for example "flat".
         forget: Data file of what is to be forgotten.
         retain: Data file of what is to stay; measured, and trained on by methods that use it.
+        holdout: Data file of what the model never saw; adds `forget.min_k_auc`.
+        retain_model: A model that never saw the forget rows; adds `forget.quality`.
+        authors: Data file of facts about real authors with wrong answers; with `facts`, adds `utility.model_utility`.
+        facts: Data file of facts about the world with wrong answers.
         text: Plain text for perplexity and KL; a shipped corpus by default.
         out: Output directory; a free name below `llmsurgery-out` by default.
         settings: Hyperparameters by name; `eval.NAME` for evaluation settings.
@@ -88,12 +99,13 @@ def unlearn(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
-    data = {"forget": forget, "retain": retain, "text": text}
+    data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
     request = Request(
         task="unlearn",
         method=method,
         model=None if model is None else fspath(model),
-        data={name: fspath(path) for name, path in data.items() if path is not None},
+        data=data,
+        retain_model=None if retain_model is None else fspath(retain_model),
         out=None if out is None else fspath(out),
         settings=dict(settings or {}),
         seed=seed,
@@ -116,8 +128,14 @@ def evaluate_checkpoints(
     *,
     forget: File | None = None,
     retain: File | None = None,
+    holdout: File | None = None,
+    authors: File | None = None,
+    facts: File | None = None,
     text: File | None = None,
     source: File | None = None,
+    retain_model: File | None = None,
+    retain_log: File | None = None,
+    log: File | None = None,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
     device: str = "auto",
@@ -132,8 +150,14 @@ def evaluate_checkpoints(
         models: Checkpoint directories, `.gguf` files or hub ids.
         forget: Data file of what was to be forgotten.
         retain: Data file of what was to stay.
+        holdout: Data file of what the model never saw, for `forget.min_k_auc`.
+        authors: Facts about real authors with wrong answers, for `utility.model_utility`.
+        facts: Facts about the world with wrong answers, for `utility.model_utility`.
         text: Plain text; a shipped corpus by default.
         source: The model before surgery, for `utility.kl`, `utility.ppl_ratio` and relative gates.
+        retain_model: A model that never saw the forget rows, for `forget.quality`.
+        retain_log: The log of such a model, in either published layout.
+        log: File to write the numbers per row to; they hold no text.
         settings: Evaluation settings by name.
         require: Gates that every model must pass.
         device: As for `unlearn`.
@@ -143,7 +167,7 @@ def evaluate_checkpoints(
         progress: Told of long work.
 
     Returns:
-        `{"models": [{"path", "metrics", "gates"}], "source": ..., "data": ..., "evaluation": ...}`.
+        `{"models": [{"path", "metrics", "gates"}], "source": ..., "retained": ..., "data": ..., "evaluation": ...}`.
 
     Raises:
         GateError: A model failed a gate.
@@ -154,18 +178,56 @@ def evaluate_checkpoints(
 
     if not models:
         raise UsageError("no model is given", "eval measures one or more checkpoints", "llmsurgery eval MODEL...")
-    data = {"forget": forget, "retain": retain, "text": text}
-    return evaluate_models(
-        [fspath(model) for model in models],
-        {name: Path(path) for name, path in data.items() if path is not None},
-        None if source is None else fspath(source),
-        dict(settings or {}),
-        tuple(require),
-        device,
-        dtype,
-        batch_size,
-        trust_remote_code,
-        progress or Silent(),
+    request = EvaluationRequest(
+        models=tuple(fspath(model) for model in models),
+        data=_given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text),
+        source=None if source is None else fspath(source),
+        retain_model=None if retain_model is None else fspath(retain_model),
+        retain_log=None if retain_log is None else fspath(retain_log),
+        log=None if log is None else fspath(log),
+        settings=dict(settings or {}),
+        require=tuple(require),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+    return evaluate_models(request, progress or Silent())
+
+
+def evaluate_logs(
+    logs: Sequence[File],
+    *,
+    retain_log: File | None = None,
+    log: File | None = None,
+    settings: Mapping[str, object] | None = None,
+    require: Sequence[str] = (),
+) -> dict[str, object]:
+    """Recompute figures from published TOFU logs, or from logs of `evaluate_checkpoints`, without a model.
+
+    Args:
+        logs: open-unlearning's `TOFU_EVAL.json` or TOFU's `eval_log_aggregated.json`.
+        retain_log: The log of a model that never saw the forget rows, for `forget.quality`.
+        log: File to write the numbers per row to, in open-unlearning's layout.
+        settings: Evaluation settings by name; `protocol` matters most.
+        require: Gates that every log must pass.
+
+    Returns:
+        As for `evaluate_checkpoints`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.run.from_log import evaluate_logs as recompute
+
+    return recompute(
+        EvaluationRequest(
+            logs=tuple(fspath(path) for path in logs),
+            retain_log=None if retain_log is None else fspath(retain_log),
+            log=None if log is None else fspath(log),
+            settings=dict(settings or {}),
+            require=tuple(require),
+        )
     )
 
 

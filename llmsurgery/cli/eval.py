@@ -6,14 +6,22 @@ from typing import Any, cast
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.errors import UsageError
 
 
 def evaluate(
-    models: options.Models,
+    models: options.Models = None,
     forget: options.Forget = None,
     retain: options.Retain = None,
+    holdout: options.Holdout = None,
+    authors: options.Authors = None,
+    facts: options.Facts = None,
     text: options.Text = None,
     source: options.Source = None,
+    retain_model: options.RetainModel = None,
+    retain_log: options.RetainLog = None,
+    from_log: options.FromLog = None,
+    log: options.Log = None,
     assignments: options.Assignments = None,
     require: options.Require = None,
     device: options.Device = "auto",
@@ -24,37 +32,65 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure checkpoints on the same data.
+    """Measure checkpoints on the same data, or recompute the figures of a published log.
 
     Example: llmsurgery eval OUT --source MODEL --forget forget.jsonl --retain retain.jsonl
     """
     from llmsurgery import api
     from llmsurgery.methods.settings import parse_assignments
-    from llmsurgery.report.table import figures_table
 
     output = Output(as_json, quiet, verbose)
-    document = cast(
-        dict[str, Any],
-        api.evaluate_checkpoints(
-            models,
-            forget=forget,
-            retain=retain,
-            text=text,
+    settings, gates = parse_assignments(assignments or []), require or []
+    data = {"forget": forget, "retain": retain, "holdout": holdout, "authors": authors, "facts": facts, "text": text}
+    if from_log:
+        others = {"source": source, "retain-model": retain_model, **data}
+        given = [f"--{name}" for name, value in others.items() if value is not None]
+        _refuse_beside_log([*(models or []), *given])
+        document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
+    else:
+        document = api.evaluate_checkpoints(
+            models or [],
+            **data,
             source=source,
-            settings=parse_assignments(assignments or []),
-            require=require or [],
+            retain_model=retain_model,
+            retain_log=retain_log,
+            log=log,
+            settings=settings,
+            require=gates,
             device=device,
             dtype=dtype,
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
             progress=output,
-        ),
-    )
+        )
+    _show(output, cast(dict[str, Any], document))
+
+
+def _refuse_beside_log(words: list[str]) -> None:
+    if words:
+        raise UsageError(
+            f"{words[0]} does not go with --from-log",
+            "the figures come from the log's own rows alone",
+            f"drop {words[0]}",
+        )
+
+
+def _show(output: Output, document: dict[str, Any]) -> None:
+    from llmsurgery.report.table import figures_table
+
     output.document(document)
     columns = {row["path"]: row["metrics"] for row in document["models"]}
     if document["source"]:
         columns = {f"{document['source']['path']} (source)": document["source"]["metrics"], **columns}
-    output.show(figures_table(columns))
+    settings = document["evaluation"]
+    output.show(
+        figures_table(columns),
+        f"protocol {settings['protocol']}, truth ratios with the {settings['truth_ratio_mean']} mean: "
+        "figures of another protocol do not compare",
+    )
     for row in document["models"]:
+        if quality := row["metrics"].get("forget.quality", {}).get("detail"):
+            shown = f"log10 p {quality['log10_p']:.3f}, D {quality['statistic']:.4g}"
+            output.show(f"forget.quality of {row['path']}: {shown}")
         values = " ".join(f"{name}={figure['value']}" for name, figure in row["metrics"].items())
         output.essential(f"{row['path']} {values}")

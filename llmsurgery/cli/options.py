@@ -12,11 +12,33 @@ Model = Annotated[
         help="checkpoint directory, .gguf file or cached hub id; none: the embedded demo", show_default=False
     ),
 ]
-Models = Annotated[list[str], typer.Argument(help="checkpoint directories, .gguf files or cached hub ids")]
+Models = Annotated[
+    list[str] | None, typer.Argument(help="checkpoint directories, .gguf files or cached hub ids", show_default=False)
+]
 OneModel = Annotated[str, typer.Argument(help="checkpoint directory, .gguf file or cached hub id")]
 Method = Annotated[str, typer.Option("--method", help="method name; `llmsurgery methods` lists them")]
 Forget = Annotated[str | None, typer.Option("--forget", help="data file of what is to be forgotten")]
 Retain = Annotated[str | None, typer.Option("--retain", help="data file of what is to stay")]
+Holdout = Annotated[
+    str | None, typer.Option("--holdout", help="data file of what the model never saw, for forget.min_k_auc")
+]
+RetainModel = Annotated[
+    str | None, typer.Option("--retain-model", help="a model that never saw the forget rows, for forget.quality")
+]
+RetainLog = Annotated[
+    str | None, typer.Option("--retain-log", help="published log of such a model, instead of --retain-model")
+]
+FromLog = Annotated[
+    list[str] | None,
+    typer.Option("--from-log", help="recompute the figures of a published TOFU log, without a model; may be repeated"),
+]
+Log = Annotated[
+    str | None, typer.Option("--log", help="write the numbers per row here, as open-unlearning does; no text")
+]
+Authors = Annotated[
+    str | None, typer.Option("--authors", help="real-author facts with wrong answers, for utility.model_utility")
+]
+Facts = Annotated[str | None, typer.Option("--facts", help="world facts with wrong answers, for utility.model_utility")]
 Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
 Source = Annotated[str | None, typer.Option("--source", help="the model before surgery, to compare with")]
 Out = Annotated[str | None, typer.Option("-o", "--out", help="output directory; default: a new one in llmsurgery-out/")]

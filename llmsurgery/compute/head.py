@@ -180,14 +180,89 @@ def batch_log_probabilities(
     Returns:
         Log-probabilities [labels] in row-major order, and the row number of each [labels].
     """
+    hidden, rows, labels = _labelled(model, input_ids, attention_mask, label_mask, autocast)
+    return label_log_probabilities(hidden, read_head(model), labels), rows
+
+
+def _labelled(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    label_mask: torch.Tensor,
+    autocast: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden states [labels, width], row numbers [labels] and ids [labels] of the labelled tokens."""
     with torch.autocast(input_ids.device.type, dtype=autocast, enabled=autocast is not None):
         hidden = final_hidden(model, input_ids, attention_mask)
-    # The head below computes in one dtype: inside autocast its forward and backward could differ.
+    # The head computes in one dtype: inside autocast its forward and backward could differ.
     hidden = hidden if autocast is None else hidden.to(autocast)
     rows, columns = torch.nonzero(label_mask, as_tuple=True)
     # Position t - 1 predicts token t.
-    log_probabilities = label_log_probabilities(hidden[rows, columns - 1], read_head(model), input_ids[rows, columns])
-    return log_probabilities, rows
+    return hidden[rows, columns - 1], rows, input_ids[rows, columns]
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """What one pass of the head tells of every label.
+
+    Attributes:
+        log_probabilities: log p(label) [positions], fp32.
+        greedy: Whether the label is the most probable token [positions].
+        mean: sum_v p log p [positions], fp32; None unless asked for.
+        variance: sum_v p (log p)^2 - mean^2 [positions], fp32; None unless asked for.
+    """
+
+    log_probabilities: torch.Tensor
+    greedy: torch.Tensor
+    mean: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def label_statistics(hidden: torch.Tensor, head: Head, labels: torch.Tensor, moments: bool = False) -> LabelStatistics:
+    """Return log-probability and rank-one test of each label, in one pass of chunks and without gradients.
+
+    Args:
+        hidden: Final hidden states of the positions that predict the labels [positions, width].
+        head: The language-model head.
+        labels: Token ids [positions].
+        moments: Add mean and variance of log p under the model, as Min-K%++ needs them.
+    """
+    head = head.to(hidden.dtype)
+    result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    greedy = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+    mean = torch.empty_like(result) if moments else None
+    variance = torch.empty_like(result) if moments else None
+    rows = chunk_rows(head.weight.shape[0])
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        scores = head.logits(hidden[part]).float()
+        greedy[part] = scores.argmax(-1) == labels[part]
+        scores -= torch.logsumexp(scores, dim=-1, keepdim=True)
+        result[part] = scores.gather(1, labels[part, None]).squeeze(1)
+        if mean is not None and variance is not None:
+            # E (x - mean)^2 loses no digits where E x^2 - mean^2 would; a token of probability 0 adds nothing.
+            probabilities = scores.exp()
+            scores.clamp_(min=-1e4)
+            mean[part] = torch.linalg.vecdot(probabilities, scores)
+            variance[part] = (scores.sub_(mean[part, None]).square_().mul_(probabilities)).sum(-1)
+    return LabelStatistics(result, greedy, mean, variance)
+
+
+def batch_statistics(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    label_mask: torch.Tensor,
+    moments: bool = False,
+) -> tuple[LabelStatistics, torch.Tensor]:
+    """Score the labelled tokens of a padded batch; arguments as for `batch_log_probabilities`.
+
+    Returns:
+        Statistics of the labels in row-major order, and the row number of each [labels].
+    """
+    hidden, rows, labels = _labelled(model, input_ids, attention_mask, label_mask, None)
+    return label_statistics(hidden, read_head(model), labels, moments), rows
 
 
 def mean_kl(before: torch.Tensor, after: torch.Tensor, before_head: Head, after_head: Head) -> torch.Tensor:

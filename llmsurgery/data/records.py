@@ -1,4 +1,4 @@
-"""Data files to rows: JSONL, JSON, CSV and TXT, recognised by their keys, with errors that name file and line."""
+"""Data files to rows: records are recognised by their keys, and errors name file and line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmsurgery.checkpoint.oserrors import reading
+from llmsurgery.data.tables import is_dataset, read_dataset, read_parquet
 from llmsurgery.errors import InputError
 
-EXPECTED = "question/answer, prompt/completion, messages or text"
-_FORMATS = (".jsonl", ".json", ".csv", ".txt")
+EXPECTED = "question/answer, prompt/completion, messages or text (or MUSE's prompt/gt, LUME's input/output)"
+_FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+
+_COMPLETION_ID = re.compile(r"sc\d+$")
+"""Ids of LUME's sentence completions; those of its questions end in qa and a number."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def read_rows(path: str | Path) -> list[Row]:
     """Read a data file.
 
     Args:
-        path: A `.jsonl`, `.json`, `.csv` or `.txt` file. A JSON file holds a list of records or of strings; a text
-            file holds passages separated by blank lines.
+        path: A `.jsonl`, `.json`, `.csv`, `.txt` or `.parquet` file. A JSON file holds a list of records or of
+            strings; a text file holds passages separated by blank lines. Or a data set of the package `datasets`: a
+            directory, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
 
     Returns:
         At least one row.
@@ -63,8 +68,11 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises:
         InputError: Missing, empty, malformed or of another format; names file and line, the key found and the key
             expected.
+        UnsupportedError: The extra that the format needs is not installed.
     """
     path = Path(path)
+    if is_dataset(path):
+        return _parse_all(path, read_dataset(path))
     if not path.is_file():
         raise InputError(f"data file {path} does not exist", "no such file", "check the path")
     if path.suffix.lower() not in _FORMATS:
@@ -73,7 +81,11 @@ def read_rows(path: str | Path) -> list[Row]:
             f"known are {', '.join(_FORMATS)}",
             "convert it to JSON Lines",
         )
-    rows = [_parse_record(record, where) for where, record in _read_records(path)]
+    return _parse_all(path, read_parquet(path) if path.suffix.lower() == ".parquet" else _read_records(path))
+
+
+def _parse_all(path: Path, records: Iterator[tuple[str, object]]) -> list[Row]:
+    rows = [_parse_record(record, where) for where, record in records]
     if not rows:
         raise InputError(f"data file {path} is empty", "no record was found", f"expected records with {EXPECTED}")
     return rows
@@ -166,6 +178,10 @@ def _parse_record(record: object, where: str) -> Row:
     if {"prompt", "completion"} <= keys:
         prompt, answer = _string(record, "prompt", where), _string(record, "completion", where)
         return Row("completion", prompt, answer, where=where)
+    if {"prompt", "gt"} <= keys:
+        return _continuation(record, "prompt", "gt", where)
+    if {"input", "output"} <= keys and "instruction" not in keys:
+        return _lume(record, where)
     if "messages" in keys:
         return _chat(record["messages"], where)
     if "text" in keys:
@@ -188,6 +204,20 @@ def _question(record: Mapping[str, object], where: str) -> Row:
         perturbed_answers=tuple(_filled(item, "perturbed_answer", where) for item in wrong),
         where=where,
     )
+
+
+def _continuation(record: Mapping[str, object], prompt_key: str, answer_key: str, where: str) -> Row:
+    """Return a text and how it goes on; published files cut between two words and lose the blank."""
+    prompt, answer = _string(record, prompt_key, where), _string(record, answer_key, where)
+    words = prompt[-1].isascii() and answer[0].isascii() and (answer[0].isalnum() or answer[0] in "\"'([$")
+    blank = " " if words and not prompt[-1].isspace() else ""
+    return Row("completion", prompt, blank + answer, where=where)
+
+
+def _lume(record: Mapping[str, object], where: str) -> Row:
+    if _COMPLETION_ID.search(str(record.get("id", ""))):
+        return _continuation(record, "input", "output", where)
+    return Row("qa", _string(record, "input", where), _string(record, "output", where), where=where)
 
 
 def _chat(messages: object, where: str) -> Row:

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from llmsurgery.errors import UsageError, unknown_name
 
 _EXPRESSION = re.compile(r"^\s*([a-z_.]+)\s*(<=|>=)\s*([-+0-9.eE]+)(x?)\s*$")
+
+
+NEEDS = {
+    "forget": ("--forget", ""),
+    "retain": ("--retain", ""),
+    "text": ("--text", ""),
+    "holdout": ("--holdout", ""),
+    "authors": ("--authors", ""),
+    "facts": ("--facts", ""),
+    "retain-model": ("--retain-model or --retain-log", ""),
+    "answers": ("greedy answers", "they are switched off (generate=false)"),
+    **{
+        f"perturbed:{name}": (f"rows of --{name} with perturbed_answer", "these rows have none, or truth_ratio=false")
+        for name in ("forget", "retain", "authors", "facts")
+    },
+}
+"""Everything a metric may need -> how to say so, and why it is missing other than by not being given."""
+
+ROW_NEEDS = frozenset(need for need in NEEDS if need.startswith("perturbed:"))
+"""Needs that show only once the rows are read."""
 
 
 @dataclass(frozen=True)
@@ -19,28 +39,50 @@ class Metric:
     Attributes:
         name: Name used in gates and JSON.
         direction: "lower" or "higher": what the operation wants.
-        needs: Data options that it is computed from.
+        needs: What it is computed from, keys of `NEEDS`.
         help: One line.
     """
 
     name: str
     direction: str
-    needs: str
+    needs: tuple[str, ...]
     help: str
+
+
+def _of_set(name: str, direction: str) -> tuple[Metric, ...]:
+    """Return the metrics that the forget and the retain set share."""
+    ratio = "1 where right and wrong answers are equally likely" if name == "forget" else "1 - R, 1 where it knows"
+    return (
+        Metric(f"{name}.token_prob", direction, (name,), "mean probability of the answer tokens, end token left out"),
+        Metric(f"{name}.prob", direction, (name,), "geometric mean probability of the answer, end token counted"),
+        Metric(f"{name}.rouge_l", direction, (name, "answers"), "ROUGE-L recall of the greedy answer"),
+        Metric(f"{name}.accuracy", direction, (name,), "share of answer tokens that are the model's first choice"),
+        Metric(f"{name}.extraction_strength", direction, (name,), "share of the answer that the rest of it draws out"),
+        Metric(f"{name}.truth_ratio", "higher", (name, f"perturbed:{name}"), f"truth ratio: {ratio}"),
+    )
 
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("forget.token_prob", "lower", "forget", "mean probability of the answer tokens, end token left out"),
-        Metric("forget.prob", "lower", "forget", "geometric mean probability of the answer, end token counted"),
-        Metric("forget.rouge_l", "lower", "forget", "ROUGE-L recall of the greedy answer"),
-        Metric("retain.token_prob", "higher", "retain", "mean probability of the answer tokens, end token left out"),
-        Metric("retain.prob", "higher", "retain", "geometric mean probability of the answer, end token counted"),
-        Metric("retain.rouge_l", "higher", "retain", "ROUGE-L recall of the greedy answer"),
-        Metric("utility.ppl", "lower", "text", "perplexity on plain text"),
-        Metric("utility.ppl_ratio", "lower", "text", "perplexity over the perplexity before"),
-        Metric("utility.kl", "lower", "text", "KL divergence to the source model on plain text, nats per token"),
+        *_of_set("forget", "lower"),
+        Metric("forget.min_k_auc", "lower", ("forget", "holdout"), "AUC of Min-K% against --holdout; 1: surely seen"),
+        Metric(
+            "forget.quality",
+            "higher",
+            ("forget", "perturbed:forget", "retain-model"),
+            "KS p-value of truth ratios against a retain model",
+        ),
+        *_of_set("retain", "higher"),
+        Metric(
+            "utility.model_utility",
+            "higher",
+            ("retain", "authors", "facts", "perturbed:retain", "perturbed:authors", "perturbed:facts", "answers"),
+            "harmonic mean of nine figures on retain rows, authors and facts",
+        ),
+        Metric("utility.ppl", "lower", ("text",), "perplexity on plain text"),
+        Metric("utility.ppl_ratio", "lower", ("text",), "perplexity over the perplexity before"),
+        Metric("utility.kl", "lower", ("text",), "KL divergence to the source model on plain text, nats per token"),
     )
 }
 
@@ -87,13 +129,12 @@ class GateOutcome:
     passed: bool
 
 
-def parse_gate(text: str, available: set[str], generate: bool = True) -> Gate:
+def parse_gate(text: str, available: Collection[str]) -> Gate:
     """Parse one gate.
 
     Args:
         text: For example `forget.token_prob<=0.15x`.
-        available: Data that is given ("forget", "retain", "text").
-        generate: Whether answers are generated.
+        available: What is given, keys of `NEEDS`.
 
     Raises:
         UsageError: Not a gate, an unknown metric, or one that the given data cannot yield.
@@ -112,14 +153,29 @@ def parse_gate(text: str, available: set[str], generate: bool = True) -> Gate:
         raise UsageError(f"{number!r} in gate {text!r} is not a number", "", "use a number such as 0.15") from error
     if not math.isfinite(threshold):
         raise UsageError(f"{number!r} in gate {text!r} is not finite", "such a gate decides nothing", "use 0.15, say")
-    needs = METRICS[name].needs
-    if needs not in available:
-        raise UsageError(
-            f"{name} cannot be computed", f"it needs --{needs}, which is not given", f"give --{needs} or drop the gate"
-        )
-    if name.endswith(".rouge_l") and not generate:
-        raise UsageError(f"{name} cannot be computed", "generation is switched off", "drop generate=false, or the gate")
-    return Gate(name, operator, threshold, bool(relative))
+    gate = Gate(name, operator, threshold, bool(relative))
+    require_data(gate, available)
+    return gate
+
+
+def require_data(gate: Gate, available: Collection[str]) -> None:
+    """Check that a gate's metric can be computed.
+
+    Args:
+        gate: The gate.
+        available: What is given, keys of `NEEDS`.
+
+    Raises:
+        UsageError: Something that it needs is missing.
+    """
+    for need in METRICS[gate.metric].needs:
+        if need not in available:
+            name, why = NEEDS[need]
+            raise UsageError(
+                f"{gate.metric} cannot be computed",
+                f"it needs {name}" + (f": {why}" if why else ", which is not given"),
+                f"give {name}, or drop the gate {gate}",
+            )
 
 
 def check_gates(gates: list[Gate], after: Mapping[str, float], before: Mapping[str, float]) -> list[GateOutcome]:

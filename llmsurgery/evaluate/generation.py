@@ -93,17 +93,28 @@ def is_mostly_ascii(texts: Sequence[str]) -> bool:
     return not letters or 2 * sum(character.isascii() for character in letters) >= len(letters)
 
 
-def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return ROUGE-L recall of each answer against its reference, with Porter stemming.
+def rouge_l(references: Sequence[str], answers: Sequence[str], part: str, stemming: bool) -> list[float]:
+    """Return ROUGE-L of each answer against its reference.
 
     A row whose reference is mostly outside [a-z0-9] is compared by characters instead of words.
+
+    Args:
+        references: Reference answers.
+        answers: Generated answers.
+        part: "recall" or "fmeasure".
+        stemming: Compare Porter stems of words.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    words = RougeScorer(["rougeL"], use_stemmer=True)
+    words = RougeScorer(["rougeL"], use_stemmer=stemming)
     characters = RougeScorer(["rougeL"], tokenizer=_Characters())
-    recalls = []
+    values = []
     for reference, answer in zip(references, answers, strict=True):
         scorer = words if is_mostly_ascii([reference]) else characters
-        recalls.append(float(scorer.score(reference, answer)["rougeL"].recall))
-    return recalls
+        values.append(float(getattr(scorer.score(reference, answer)["rougeL"], part)))
+    return values
+
+
+def rouge_l_recall(references: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return ROUGE-L recall of each answer against its reference, with Porter stemming."""
+    return rouge_l(references, answers, "recall", stemming=True)

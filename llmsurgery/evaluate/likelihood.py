@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.compute.head import Head, batch_log_probabilities, final_hidden, mean_kl, read_head
+from llmsurgery.compute.head import (
+    Head,
+    batch_log_probabilities,
+    batch_statistics,
+    final_hidden,
+    mean_kl,
+    read_head,
+)
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded
 from llmsurgery.data.collate import collate, length_buckets
@@ -51,6 +59,38 @@ def score_rows(
             values, owners_list = scores.double().cpu().numpy(), owners.cpu().numpy()
             for position, index in enumerate(indices):
                 result[index] = values[owners_list == position]
+            tick(len(indices))
+    return result
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of the labelled tokens of one row.
+
+    Attributes:
+        log_probabilities: log p of every labelled token [labels].
+        greedy: Whether the token is the model's first choice, given all tokens before it [labels].
+    """
+
+    log_probabilities: Scores
+    greedy: npt.NDArray[np.bool_]
+
+
+@torch.inference_mode()
+def score_tokens(
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_id: int, batch_size: int, progress: Progress, name: str
+) -> list[TokenScores]:
+    """Return log-probability and greedy hit of every labelled token of every row; arguments as for `score_rows`."""
+    empty = TokenScores(np.empty(0), np.empty(0, dtype=bool))
+    result = [empty] * len(rows)
+    with progress.task(name, len(rows)) as tick:
+        for indices in length_buckets(rows, batch_size):
+            batch = collate([rows[i] for i in indices], pad_id, model.device, indices)
+            found, owners = batch_statistics(model, batch.input_ids, batch.attention_mask, batch.label_mask)
+            values, hits = found.log_probabilities.double().cpu().numpy(), found.greedy.cpu().numpy()
+            owned = owners.cpu().numpy()
+            for position, index in enumerate(indices):
+                result[index] = TokenScores(values[owned == position], hits[owned == position])
             tick(len(indices))
     return result
 

@@ -4,104 +4,215 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llmsurgery import __version__
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, file_digest
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.data import GENERAL_TEXT
-from llmsurgery.data.records import read_rows
-from llmsurgery.errors import GateError, UsageError
-from llmsurgery.evaluate.config import EvaluationConfig
-from llmsurgery.evaluate.figures import Measurement, TextReference, measure
-from llmsurgery.evaluate.gates import check_gates, parse_gate
+from llmsurgery.data.records import Row, read_rows
+from llmsurgery.errors import GateError, ResourceError, UsageError
+from llmsurgery.evaluate.config import EvaluationConfig, settle
+from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, check_gates, parse_gate, require_data
+from llmsurgery.evaluate.logs import read_retain_log
 from llmsurgery.methods.settings import as_record, resolve_config
-from llmsurgery.run.manifest import figure_record, gate_record
+from llmsurgery.run.manifest import data_records, figure_record, gate_record
+from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.prepare import encode_for_figures, make_encoder, require_known_tokens, stored_dtype
+from llmsurgery.run.reference import score_retain_model
+from llmsurgery.run.request import EvaluationRequest
+
+if TYPE_CHECKING:
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.intervals import Figure
+    from llmsurgery.evaluate.scores import SetScores
 
 AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio")
 
+_UTILITY = "utility.model_utility"
 
-def evaluate_models(
-    models: Sequence[str],
-    files: Mapping[str, Path],
-    source: str | None,
-    settings: Mapping[str, object],
-    require: Sequence[str],
-    device: str,
-    dtype: str,
-    batch_size: int | None,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> dict[str, object]:
-    """Measure checkpoints on the same data; see `llmsurgery.api.evaluate_checkpoints` for the arguments."""
-    chosen = dict(settings)
-    if batch_size is not None:
-        chosen.setdefault("batch_size", batch_size)
-    config: EvaluationConfig = resolve_config(EvaluationConfig, chosen)
-    in_use = {"text": GENERAL_TEXT, **files}
-    gates = [parse_gate(text, set(in_use), config.generate) for text in require]
+
+def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str, object]:
+    """Measure checkpoints on the same data; see `llmsurgery.api.evaluate_checkpoints` for the result."""
+    from llmsurgery.compute.device import memory_errors, resolve_device
+
+    config = evaluation_config(request)
+    files = {"text": GENERAL_TEXT, **{name: Path(path) for name, path in request.data.items()}}
+    given = set(files) | offered_needs(config, bool(request.retain_model or request.retain_log))
+    gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
+    _check_options(request, gates)
+    rows = {name: read_rows(path) for name, path in files.items()}
     for gate in gates:
-        if source is None and (gate.relative or gate.metric in AGAINST_SOURCE):
-            raise UsageError(f"gate {gate} needs --source", "it compares with the model before", "give --source MODEL")
-    rows = {name: read_rows(path) for name, path in in_use.items()}
-    places = [Checkpoint.open(resolve_source(model)) for model in ([source] if source else []) + list(models)]
-
-    reference_texts: list[tuple[int, ...]] = []
-
-    def measure_one(checkpoint: Checkpoint, reference: TextReference | None, keep: bool) -> Measurement:
-        from llmsurgery.compute.device import memory_errors, resolve_device, resolve_dtype
-        from llmsurgery.compute.load import load_model
-
-        encoder = make_encoder(checkpoint)
-        data = encode_for_figures(encoder, rows, config)
-        structure = detect(checkpoint.config, checkpoint.tensors)
-        require_known_tokens(data, structure)
-        if reference is not None and [text.ids for text in data.texts] != reference_texts:
-            raise UsageError(
-                f"{checkpoint.root} and the source of --source have different tokenizers",
-                "distributions over different tokens cannot be compared",
-                "measure it without --source",
-            )
-        reference_texts[:] = [text.ids for text in data.texts]
-        place = resolve_device(device)
-        wanted = resolve_dtype(dtype, stored_dtype(checkpoint), place)
-        with memory_errors():
-            model = load_model(checkpoint.root, wanted, place, trust_remote_code, structure.family.buffers)
-            return measure(model, encoder, data, config, progress, reference, keep)
-
-    before = measure_one(places[0], None, True) if source else None
-    results: list[dict[str, object]] = []
-    failed: list[str] = []
-    for name, checkpoint in zip(models, places[1 if source else 0 :], strict=True):
-        measured = measure_one(checkpoint, before.reference if before else None, False)
-        figures = {key: figure for key, figure in measured.figures.items() if before or key not in AGAINST_SOURCE}
-        outcomes = check_gates(
-            gates,
-            {key: figure.value for key, figure in figures.items()},
-            {key: figure.value for key, figure in before.figures.items()} if before else {},
-        )
-        failed += [f"{name}: {outcome.gate} ({outcome.value:.4g})" for outcome in outcomes if not outcome.passed]
-        results.append(
-            {
-                "path": name,
-                "metrics": {key: figure_record(figure) for key, figure in figures.items()},
-                "gates": [gate_record(outcome) for outcome in outcomes],
-            }
-        )
+        require_data(gate, given | row_needs(rows, config))
+    retained_log = None if request.retain_log is None else read_retain_log(request.retain_log)
+    retained_model = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
+    source = None if request.source is None else Checkpoint.open(resolve_source(request.source))
+    places = [Checkpoint.open(resolve_source(model)) for model in request.models]
+    retained = None if retained_log is None else first_rows(retained_log.scores, config)
+    with memory_errors():
+        if retained_model is not None:
+            options = (resolve_device(request.device), request.dtype, request.trust_remote_code)
+            retained = score_retain_model(retained_model, rows, config, *options, progress)
+        before = None if source is None else _measure_one(source, rows, config, request, progress, retained, None)
+        results = [_measure_one(place, rows, config, request, progress, retained, before) for place in places]
+    if {"authors", "facts"} & set(files) and _UTILITY not in results[0].figures:
+        progress.notice(f"{_UTILITY} needs --retain, --authors and --facts, all with perturbed_answer, and answers")
+    kept = [_without_source(result.figures, before is not None) for result in results]
+    records, failed = judge(request.models, kept, gates, before.figures if before else {})
+    if request.log is not None:
+        write_log(request.log, results[0].scores, kept[0], config)
+    source_figures = {} if before is None else before.figures
     document: dict[str, object] = {
-        "models": results,
+        "models": records,
         "source": None
         if before is None
-        else {"path": source, "metrics": {key: figure_record(figure) for key, figure in before.figures.items()}},
-        "data": {
-            name: {"path": str(path), "sha256": file_digest(path), "rows": len(rows[name])}
-            for name, path in in_use.items()
-        },
+        else {"path": request.source, "metrics": {key: figure_record(one) for key, one in source_figures.items()}},
+        "retained": retained_record(request),
+        "data": data_records(files, rows, {name: data_digest(path, rows[name]) for name, path in files.items()}),
         "evaluation": as_record(config),
     }
+    require_gates(failed, document)
+    return document
+
+
+def evaluation_config(request: EvaluationRequest) -> EvaluationConfig:
+    """Resolve the settings of an evaluation, those that depend on the protocol included."""
+    chosen = dict(request.settings)
+    if request.batch_size is not None:
+        chosen.setdefault("batch_size", request.batch_size)
+    return settle(resolve_config(EvaluationConfig, chosen))
+
+
+def _check_options(request: EvaluationRequest, gates: Sequence[Gate]) -> None:
+    """Refuse options that contradict each other, before any work."""
+    if request.retain_model is not None and request.retain_log is not None:
+        raise UsageError("--retain-model and --retain-log are given", "both say what to compare with", "give one")
+    for name in ("retain_model", "retain_log"):
+        if getattr(request, name) is not None and "forget" not in request.data:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} needs --forget", "models are compared on the forget rows", "give --forget DATA")
+    if "holdout" in request.data and "forget" not in request.data:
+        raise UsageError("--holdout needs --forget", "its rows are compared with the forget rows", "give --forget DATA")
+    check_log_target(request)
+    for gate in gates:
+        if request.source is None and (gate.relative or gate.metric in AGAINST_SOURCE):
+            raise UsageError(f"gate {gate} needs --source", "it compares with the model before", "give --source MODEL")
+
+
+def check_log_target(request: EvaluationRequest) -> None:
+    """Refuse a log that would overwrite a file or hold more than one model.
+
+    Raises:
+        UsageError: Either.
+    """
+    if request.log is None:
+        return
+    if len(request.models) + len(request.logs) > 1:
+        raise UsageError("--log holds one model", "several are given", "evaluate them one by one")
+    if Path(request.log).exists():
+        raise UsageError(f"{request.log} exists", "a log is never overwritten", "give --log another name")
+    if not Path(request.log).parent.is_dir():
+        raise UsageError(f"the folder of {request.log} does not exist", "the log has no place", "make the folder first")
+
+
+def _measure_one(
+    checkpoint: Checkpoint,
+    rows: Mapping[str, Sequence[Row]],
+    config: EvaluationConfig,
+    request: EvaluationRequest,
+    progress: Progress,
+    retained: Mapping[str, SetScores] | None,
+    before: Measurement | None,
+) -> Measurement:
+    """Load one checkpoint and measure it; without `before`, keep what later ones are compared with."""
+    from llmsurgery.compute.device import resolve_device, resolve_dtype
+    from llmsurgery.compute.load import load_model
+    from llmsurgery.evaluate.figures import measure
+
+    encoder = make_encoder(checkpoint)
+    data = encode_for_figures(encoder, rows, config)
+    structure = detect(checkpoint.config, checkpoint.tensors)
+    require_known_tokens(data, structure)
+    reference = None if before is None else before.reference
+    if reference is not None and [text.ids for text in data.texts] != reference.ids:
+        raise UsageError(
+            f"{checkpoint.root} and the source of --source have different tokenizers",
+            "distributions over different tokens cannot be compared",
+            "measure it without --source",
+        )
+    place = resolve_device(request.device)
+    wanted = resolve_dtype(request.dtype, stored_dtype(checkpoint), place)
+    model = load_model(checkpoint.root, wanted, place, request.trust_remote_code, structure.family.buffers)
+    keep = before is None and request.source is not None
+    return measure(model, encoder, data, config, progress, reference, keep, retained)
+
+
+def _without_source(figures: Mapping[str, Figure], compared: bool) -> dict[str, Figure]:
+    return {key: figure for key, figure in figures.items() if compared or key not in AGAINST_SOURCE}
+
+
+def judge(
+    names: Sequence[str], figures: Sequence[Mapping[str, Figure]], gates: Sequence[Gate], before: Mapping[str, Figure]
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Return the record of every model or log, gates included, and what failed.
+
+    `forget.quality` is null, never 0, where truth ratios have nothing to be compared with.
+    """
+    results: list[dict[str, object]] = []
+    failed: list[str] = []
+    for name, found in zip(names, figures, strict=True):
+        values = {key: figure.number for key, figure in found.items()}
+        outcomes = check_gates(list(gates), values, {key: figure.number for key, figure in before.items()})
+        failed += [f"{name}: {outcome.gate} ({outcome.value:.4g})" for outcome in outcomes if not outcome.passed]
+        metrics = {key: figure_record(figure) for key, figure in found.items()}
+        if "forget.truth_ratio" in metrics and "forget.quality" not in metrics:
+            metrics["forget.quality"] = {"value": None, "n": found["forget.truth_ratio"].n, "interval": None}
+        results.append({"path": name, "metrics": metrics, "gates": [gate_record(outcome) for outcome in outcomes]})
+    return results, failed
+
+
+def require_gates(failed: Sequence[str], document: dict[str, object]) -> None:
+    """Stop where a gate failed.
+
+    Raises:
+        GateError: Carries the document.
+    """
     if failed:
         error = GateError(f"{len(failed)} gates failed, first {failed[0]}", "a measured value missed its bound", "")
         error.report = document
         raise error
-    return document
+
+
+def first_rows(scores: Mapping[str, SetScores], config: EvaluationConfig) -> dict[str, SetScores]:
+    """Return the rows of a log that the protocol reads: the first of forget and retain, all of the others."""
+    cut = {"forget", "retain"}
+    return {name: found.first(config.rows or 0) if name in cut else found for name, found in scores.items()}
+
+
+def retained_record(request: EvaluationRequest) -> dict[str, object] | None:
+    """Return what `forget.quality` was measured against."""
+    if request.retain_log is not None:
+        return {"path": request.retain_log, "sha256": file_digest(Path(request.retain_log))}
+    return None if request.retain_model is None else {"path": request.retain_model}
+
+
+def write_log(
+    path: str, scores: Mapping[str, SetScores], figures: Mapping[str, Figure], config: EvaluationConfig
+) -> None:
+    """Write the numbers per row, without a word of any row.
+
+    Raises:
+        ResourceError: The file cannot be written.
+    """
+    from llmsurgery.evaluate.write_log import build_log, encode_log
+
+    rouge = "rougeL_f1" if config.protocol == "muse" else "rougeL_recall"
+    origin = {"version": __version__, "evaluation": as_record(config)}
+    content = encode_log(build_log(scores, figures, config.min_k, rouge, origin))
+    try:
+        with Path(path).open("xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written", str(error), "choose another place for --log") from error

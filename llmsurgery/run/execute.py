@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.loop import StopRule
 
 STOP_ROWS = 256
@@ -152,8 +153,17 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
         notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")
     set_seeds(request.seed)
     with memory_errors():
+        retained = _score_retain_model(prepared, notices)
         model = _load(prepared, prepared.checkpoint.root)
-        before = measure(model, prepared.encoder, prepared.measured, prepared.evaluation, notices, keep_reference=True)
+        before = measure(
+            model,
+            prepared.encoder,
+            prepared.measured,
+            prepared.evaluation,
+            notices,
+            keep_reference=True,
+            retained=retained,
+        )
         set_seeds(request.seed)
         operation = Operation(
             structure=prepared.structure,
@@ -171,6 +181,16 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
     if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     return before, list(result.edits), record
+
+
+def _score_retain_model(prepared: Prepared, notices: Notices) -> Mapping[str, SetScores] | None:
+    from llmsurgery.run.reference import score_retain_model
+
+    request = prepared.request
+    if prepared.retained is None:
+        return None
+    options = (prepared.device, request.dtype, request.trust_remote_code)
+    return score_retain_model(prepared.retained, prepared.rows, prepared.evaluation, *options, notices)
 
 
 def _load(prepared: Prepared, path: Path) -> PreTrainedModel:
@@ -212,7 +232,7 @@ def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) 
 
     # The bound `0.2x` is relative to the same rows that are watched.
     watched_all = len(encoded) == len(prepared.measured.encoded["forget"])
-    baseline = before.figures[metric].value if watched_all else score(None)
+    baseline = before.figures[metric].number if watched_all else score(None)
 
     def reached(autocast: torch.dtype | None) -> bool:
         training = model.training
@@ -237,18 +257,24 @@ def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices
     with memory_errors():
         model = _load(prepared, path)
         return measure(
-            model, prepared.encoder, prepared.measured, prepared.evaluation, notices, reference=before.reference
+            model,
+            prepared.encoder,
+            prepared.measured,
+            prepared.evaluation,
+            notices,
+            reference=before.reference,
+            retained=before.retained,
         )
 
 
 def _values(measurement: Measurement) -> dict[str, float]:
-    return {name: figure.value for name, figure in measurement.figures.items()}
+    return {name: figure.number for name, figure in measurement.figures.items()}
 
 
 def _warn_of_spill(before: Measurement, after: Measurement, notices: Notices) -> None:
     name = "retain.token_prob"
     if name in before.figures:
-        earlier, later = before.figures[name].value, after.figures[name].value
+        earlier, later = before.figures[name].number, after.figures[name].number
         if earlier > 0 and later < (1 - RETAIN_WARNING) * earlier:
             notices.notice(f"{name} fell by {1 - later / earlier:.0%}: the operation reached beyond the forget set")
 

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery import __version__
 from llmsurgery.checkpoint import file_digest
+from llmsurgery.data.records import Row
 from llmsurgery.edits.coverage import RoleCoverage
 from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
@@ -19,7 +20,8 @@ from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 
 if TYPE_CHECKING:
-    from llmsurgery.evaluate.figures import Figure, Measurement
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.intervals import Figure
 
 FORMAT = 1
 NAME = "surgery.json"
@@ -75,10 +77,8 @@ def build_manifest(
                 "record": record,
             }
         ],
-        "data": {
-            name: {"path": str(path), "sha256": prepared.hashes[name], "rows": len(prepared.rows[name])}
-            for name, path in prepared.files.items()
-        },
+        "data": data_records(prepared.files, prepared.rows, prepared.hashes),
+        "retain_model": prepared.retain_model,
         "history": earlier_operations(prepared.checkpoint.root),
         "export": prepared.method.spec.export,
         "coverage": [dataclasses.asdict(row) for row in covered],
@@ -123,11 +123,26 @@ def metric_records(before: Measurement, after: Measurement) -> dict[str, object]
 def figure_record(figure: Figure) -> dict[str, object]:
     """Return one figure as JSON values; a value that is not finite becomes null."""
     interval = figure.interval
-    return {
-        "value": figure.value if math.isfinite(figure.value) else None,
+    record: dict[str, object] = {
+        "value": finite(figure.value),
         "n": figure.n,
         "interval": list(interval) if interval and all(map(math.isfinite, interval)) else None,
     }
+    return record | ({"detail": finite(dict(figure.detail))} if figure.detail else {})
+
+
+def finite(value: object) -> object:
+    """Return JSON values with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def data_records(
+    files: Mapping[str, Path], rows: Mapping[str, Sequence[Row]], hashes: Mapping[str, str]
+) -> dict[str, object]:
+    """Return path, digest and number of rows of every data set; never a row."""
+    return {name: {"path": str(path), "sha256": hashes[name], "rows": len(rows[name])} for name, path in files.items()}
 
 
 def gate_record(outcome: GateOutcome) -> dict[str, object]:

@@ -17,11 +17,12 @@ from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.records import Row, read_rows
 from llmsurgery.demo import world_path
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
-from llmsurgery.evaluate.config import EvaluationConfig
-from llmsurgery.evaluate.gates import Gate, parse_gate
+from llmsurgery.evaluate.config import EvaluationConfig, settle
+from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
+from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import TrainingConfig, suitable_lr
 
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     import torch
 
     from llmsurgery.data.chat import Encoder
-    from llmsurgery.evaluate.figures import EvaluationData
+    from llmsurgery.evaluate.encode import EvaluationData
 
-DATA_NAMES = ("forget", "retain", "text")
+DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
+SETS = DATA_NAMES[:-1]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Prepared:
         device: Resolved device.
         dtype: Resolved compute dtype.
         hashes: Data name -> SHA-256 of the file that was read.
+        retained: Model that never saw the forget rows, or None.
     """
 
     request: Request
@@ -77,6 +80,14 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     hashes: Mapping[str, str]
+    retained: Checkpoint | None
+
+    @property
+    def retain_model(self) -> dict[str, object] | None:
+        """The retain model as the manifest names it."""
+        if self.retained is None:
+            return None
+        return {"path": str(self.retained.root), "config_sha256": file_digest(self.retained.root / "config.json")}
 
 
 def prepare(request: Request) -> Prepared:
@@ -94,8 +105,8 @@ def prepare(request: Request) -> Prepared:
     method = find_method(request.method, request.task)
     config, evaluation = split_settings(method, request)
     files = data_files(method, request)
-    available = {name for name in DATA_NAMES if name in files}
-    gates = [parse_gate(text, available, evaluation.generate) for text in request.require]
+    available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
+    gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, request, available)
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
@@ -103,6 +114,7 @@ def prepare(request: Request) -> Prepared:
     source = resolve_source(request.model if request.model is not None else world_path("model"))
     checkpoint = Checkpoint.open(source)
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
+    retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure)
     targets = method.plan(config, structure)
@@ -117,14 +129,16 @@ def prepare(request: Request) -> Prepared:
         check_target(checkpoint, out, request.force)
         check_report(out, request.force)
     rows = {name: read_rows(path) for name, path in files.items()}
-    hashes = {name: file_digest(path) for name, path in files.items()}
+    for gate in gates:
+        require_data(gate, available | row_needs(rows, evaluation))
+    hashes = {name: data_digest(path, rows[name]) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
     measured = encode_for_figures(encoder, rows, evaluation, config)
     require_known_tokens(measured, structure)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes,
+        gates, until, out, device, dtype, hashes, retained,
     )  # fmt: skip
 
 
@@ -138,8 +152,7 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
     if request.model is None:
         own = {**method.spec.demo_settings, **own}
     config = resolve_config(method.config_type, own, method.spec.presets)
-    evaluation: EvaluationConfig = resolve_config(EvaluationConfig, shared)
-    return config, evaluation
+    return config, settle(resolve_config(EvaluationConfig, shared))
 
 
 def settle_lr(config: object, structure: Structure) -> object:
@@ -220,11 +233,11 @@ def encode_for_figures(
 ) -> EvaluationData:
     """Encode the data sets that figures are measured on; plain text is cut as the method's config cuts it."""
     from llmsurgery.data.chat import CHUNK_TOKENS
-    from llmsurgery.evaluate.figures import encode_data
+    from llmsurgery.evaluate.encode import encode_data
 
     training = getattr(config, "training", None)
     chunk = min(CHUNK_TOKENS, training.max_length) if isinstance(training, TrainingConfig) else CHUNK_TOKENS
-    sets = {name: list(rows[name]) for name in ("forget", "retain") if name in rows}
+    sets = {name: list(rows[name]) for name in SETS if name in rows}
     return encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
 
 
@@ -236,6 +249,9 @@ def require_known_tokens(data: EvaluationData, structure: Structure) -> None:
     """
     embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     encoded = [*data.texts, *(row for rows in data.encoded.values() for row in rows)]
+    encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
+    encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
+    encoded += [row for rows in data.whole.values() for row in rows]
     highest = max((max(row.ids) for row in encoded), default=0)
     if highest >= embeddings:
         raise InputError(

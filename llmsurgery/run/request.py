@@ -14,7 +14,8 @@ class Request:
         task: Task ("unlearn").
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
-        data: Data name ("forget", "retain", "text") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text") -> path.
+        retain_model: A model that never saw the forget rows, for `forget.quality`.
         out: Output directory; None for a generated name.
         settings: Hyperparameters by name, strings or values; names with the prefix `eval.` are evaluation settings.
         seed: Seed of everything random.
@@ -34,6 +35,7 @@ class Request:
     method: str
     model: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
+    retain_model: str | None = None
     out: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
@@ -46,4 +48,39 @@ class Request:
     link: bool = False
     force: bool = False
     keep_partial: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What `eval` is asked for: checkpoints with data, or logs.
+
+    Attributes:
+        models: Directories, `.gguf` files or hub ids.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text") -> path.
+        source: The model before surgery.
+        retain_model: A model that never saw the forget rows.
+        logs: Logs to recompute figures from, instead of models.
+        retain_log: The log of a model that never saw the forget rows.
+        log: File to write the numbers per row to.
+        settings: Evaluation settings by name.
+        require: Gates.
+        device: As for operations.
+        dtype: As for operations.
+        batch_size: Rows per forward, or None for the default.
+        trust_remote_code: Run model code that a checkpoint brings.
+    """
+
+    models: tuple[str, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
+    source: str | None = None
+    retain_model: str | None = None
+    logs: tuple[str, ...] = ()
+    retain_log: str | None = None
+    log: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    require: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
     trust_remote_code: bool = False

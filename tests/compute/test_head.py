@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmsurgery.compute import head
-from llmsurgery.compute.head import Head, batch_log_probabilities, label_log_probabilities, mean_kl
+from llmsurgery.compute.head import (
+    Head,
+    batch_log_probabilities,
+    batch_statistics,
+    label_log_probabilities,
+    label_statistics,
+    mean_kl,
+)
 
 POSITIONS, WIDTH, VOCABULARY = 23, 8, 31
 
@@ -164,6 +171,46 @@ def test_logits_of_a_whole_batch_are_never_held() -> None:
     assert recorded.operations > forward + 10, "the backward pass was not recorded"
     assert model.model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
     # The bound itself bites: one chunk is held, and no more.
+    assert head.CHUNK_ELEMENTS // 2 < recorded.elements <= head.CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_statistics_equal_a_plain_computation(with_bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * VOCABULARY)
+    tensors, labels, _ = inputs(with_bias)
+    logits = torch.nn.functional.linear(*(tensor.double() for tensor in tensors))
+    labels[::2] = logits.argmax(-1)[::2]
+    hidden, weight, *bias = tensors
+    found = label_statistics(hidden, Head(weight, *bias), labels, moments=True)
+    scores = logits.log_softmax(-1)
+    mean = (scores.exp() * scores).sum(-1)
+    variance = (scores.exp() * (scores - mean[:, None]).square()).sum(-1)
+    assert found.greedy.tolist() == (logits.argmax(-1) == labels).tolist()
+    assert found.greedy[::2].all()
+    assert not found.greedy.all()
+    torch.testing.assert_close(found.log_probabilities, chunked(tensors, labels))
+    torch.testing.assert_close(found.mean, mean.float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(found.variance, variance.float(), atol=2e-5, rtol=1e-5)
+    assert label_statistics(hidden, Head(weight), labels).mean is None
+
+
+def test_statistics_of_a_token_that_is_ruled_out_stay_finite() -> None:
+    bias = torch.tensor([0.0, 1.0, -torch.inf])
+    found = label_statistics(torch.zeros(1, 2), Head(torch.zeros(3, 2), bias), torch.tensor([1]), moments=True)
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    assert found.mean is not None
+    assert found.mean.tolist() == pytest.approx([(p * p.log()).sum().item()], abs=1e-6)
+
+
+def test_statistics_hold_one_chunk_of_logits() -> None:
+    batch, time, vocabulary = 2, 64, 70_000
+    model = tiny(vocabulary, 4).requires_grad_(False)
+    ids = torch.randint(vocabulary, (batch, time), generator=torch.Generator().manual_seed(0))
+    labels = torch.ones_like(ids, dtype=torch.bool)
+    labels[:, 0] = False
+    with LargestTensor() as recorded:
+        batch_statistics(model, ids, torch.ones_like(ids), labels, moments=True)
     assert head.CHUNK_ELEMENTS // 2 < recorded.elements <= head.CHUNK_ELEMENTS
 
 

@@ -16,14 +16,9 @@ from llmsurgery.data.chat import Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
 from llmsurgery.evaluate.config import EvaluationConfig
-from llmsurgery.evaluate.figures import (
-    EvaluationData,
-    Measurement,
-    TextReference,
-    bootstrap_interval,
-    encode_data,
-    measure,
-)
+from llmsurgery.evaluate.encode import EvaluationData, encode_data
+from llmsurgery.evaluate.figures import Measurement, TextReference, measure
+from llmsurgery.evaluate.intervals import bootstrap_interval
 
 CONFIG = EvaluationConfig(generate=False, batch_size=3)
 FORGET = [
@@ -65,7 +60,7 @@ def measured(
 
 
 def values(measurement: Measurement) -> dict[str, float]:
-    return {name: figure.value for name, figure in measurement.figures.items()}
+    return {name: figure.number for name, figure in measurement.figures.items()}
 
 
 def plain_text(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
@@ -126,14 +121,15 @@ def test_answer_figures_count_rows_and_lie_in_their_intervals(checkpoints: dict[
     data = encode_data(encoder, {"forget": FORGET, "retain": FORGET[:1]}, [], config)
     result = measured(model, encoder, data, config)
     assert set(result.figures) == {
-        f"{name}.{metric}" for name in ("forget", "retain") for metric in ("token_prob", "prob", "rouge_l")
+        f"{name}.{metric}"
+        for name in ("forget", "retain")
+        for metric in ("token_prob", "prob", "rouge_l", "accuracy", "extraction_strength")
     }
     assert result.reference is None
     assert data.available == {"forget", "retain"}
     assert {name: figure.n for name, figure in result.figures.items()} == {
-        "forget.token_prob": 3, "forget.prob": 3, "forget.rouge_l": 2,
-        "retain.token_prob": 1, "retain.prob": 1, "retain.rouge_l": 1,
-    }  # fmt: skip
+        name: 1 if name.startswith("retain") else 2 if name == "forget.rouge_l" else 3 for name in result.figures
+    }
     for name, figure in result.figures.items():
         assert 0 <= figure.value <= 1
         if name.startswith("retain"):

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from llmsurgery.errors import UsageError
-from llmsurgery.evaluate.gates import METRICS, Gate, check_gates, parse_gate
+from llmsurgery.evaluate.gates import METRICS, NEEDS, Gate, check_gates, parse_gate
 
-ALL = {"forget", "retain", "text"}
+ALL = {"forget", "retain", "text", "answers"}
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,13 @@ def test_unknown_metric_comes_with_the_three_nearest() -> None:
 
 @pytest.mark.parametrize("name", METRICS)
 def test_metric_without_its_data_is_refused(name: str) -> None:
-    needs = METRICS[name].needs
-    assert parse_gate(f"{name}<=1", {needs}).metric == name
-    with pytest.raises(UsageError, match=f"{name} cannot be computed") as caught:
-        parse_gate(f"{name}<=1", ALL - {needs})
-    assert caught.value.exit_code == 2
-    assert f"--{needs}" in str(caught.value)
+    needs = set(METRICS[name].needs)
+    assert parse_gate(f"{name}<=1", needs).metric == name
+    for missing in needs:
+        with pytest.raises(UsageError, match=f"{name} cannot be computed") as caught:
+            parse_gate(f"{name}<=1", set(NEEDS) - {missing})
+        assert caught.value.exit_code == 2
+        assert NEEDS[missing][0] in str(caught.value)
 
 
 @pytest.mark.parametrize(

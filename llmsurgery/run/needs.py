@@ -1,0 +1,37 @@
+"""What metrics need beside names of data, and what identifies data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmsurgery.checkpoint import file_digest
+from llmsurgery.data.records import Row
+from llmsurgery.evaluate.config import EvaluationConfig
+
+
+def offered_needs(evaluation: EvaluationConfig, retained: bool) -> set[str]:
+    """Return the needs of metrics that are met by options other than data."""
+    return ({"retain-model"} if retained else set()) | ({"answers"} if evaluation.generate else set())
+
+
+def row_needs(rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -> set[str]:
+    """Return the needs of metrics that the rows themselves meet."""
+    if not evaluation.truth_ratio:
+        return set()
+    return {f"perturbed:{name}" for name, members in rows.items() if any(row.perturbed_answers for row in members)}
+
+
+def data_digest(path: Path, rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of a data file, or of the rows of a data set that is no file."""
+    if path.is_file():
+        return file_digest(path)
+    digest = hashlib.sha256()
+    for row in rows:
+        content = dataclasses.asdict(row)
+        del content["where"]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
