@@ -16,6 +16,7 @@ from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.record import Recorded
 
 if TYPE_CHECKING:
     from llmsurgery.evaluate.figures import Figure, Measurement
@@ -27,7 +28,7 @@ NAME = "surgery.json"
 def build_manifest(
     prepared: Prepared,
     record: dict[str, object],
-    changes: Sequence[TensorChange],
+    recorded: Recorded,
     covered: Sequence[RoleCoverage],
     metrics: dict[str, object],
     gates: Sequence[GateOutcome],
@@ -78,9 +79,11 @@ def build_manifest(
             name: {"path": str(path), "sha256": file_digest(path), "rows": len(prepared.rows[name])}
             for name, path in prepared.files.items()
         },
-        "export": prepared.method.spec.export,
+        "export": "adapter" if request.save == "adapter" else prepared.method.spec.export,
+        "save": request.save,
         "coverage": [dataclasses.asdict(row) for row in covered],
-        "tensors": {change.name: _change_record(change) for change in changes},
+        "tensors": {change.name: change_record(change) for change in recorded.changes},
+        "files": recorded.files,
         "metrics": metrics,
         "gates": [dataclasses.asdict(outcome) for outcome in gates],
         "notices": list(notices),
@@ -88,7 +91,8 @@ def build_manifest(
     }
 
 
-def _change_record(change: TensorChange) -> dict[str, object]:
+def change_record(change: TensorChange) -> dict[str, object]:
+    """Return what happened to one tensor as JSON values."""
     record = dataclasses.asdict(change)
     del record["name"]
     record["shape"] = list(change.shape)

@@ -17,7 +17,7 @@ from llmsurgery import unlearn
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.methods.registry import all_methods
-from llmsurgery.run import execute as orchestrator
+from llmsurgery.run import forms
 
 from ..builders import BUILDERS
 
@@ -74,13 +74,13 @@ def test_method_writes_exactly_its_edits(
     source = checkpoints[architecture]
     before = tree(source)
     kept: list[Edit] = []
-    original = orchestrator.write_edits
+    original = forms.write_edits
 
-    def record(checkpoint: Any, publication: Any, edits: Any, role_of: Any) -> Any:
+    def record(checkpoint: Any, publication: Any, edits: Any, *more: Any) -> Any:
         kept.extend(edits)
-        return original(checkpoint, publication, edits, role_of)
+        return original(checkpoint, publication, edits, *more)
 
-    monkeypatch.setattr(orchestrator, "write_edits", record)
+    monkeypatch.setattr(forms, "write_edits", record)
     manifest = run(
         source, method, tmp_path / "out", data_files, train=train, roles="linear" if train == "lora" else "all"
     )
