@@ -220,6 +220,10 @@ class Publication:
         name = inside_name(relative, "an edit")
         with writing(self.path / name):
             (self.path / name).unlink(missing_ok=True)
+            for folder in list((self.path / name).parents)[: name.count("/")]:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
         self.methods.pop(name, None)
         self._carried.modes.pop(name, None)
 

@@ -26,7 +26,9 @@ import numpy as np
 
 from llmsurgery.checkpoint import FLOAT, Header, TensorInfo, storage_dtype
 from llmsurgery.checkpoint.container import PartReader, read_container
+from llmsurgery.checkpoint.inventory import PRIVATE_NAMES
 from llmsurgery.checkpoint.paths import inside_name
+from llmsurgery.checkpoint.refuse import PICKLE_SUFFIXES
 from llmsurgery.edits.indices import ENCODINGS
 from llmsurgery.edits.kinds import LowRank
 from llmsurgery.errors import DamagedError, InputError
@@ -194,14 +196,14 @@ def read_patch(path: Path | str, key: str = KEY) -> Patch:
             "it is a safetensors file of another program",
             "make a patch with `llmsurgery diff A B -o PATCH` or --save patch",
         )
-    document = json.loads(text)
-    if document.get("format") != FORMAT:
-        raise InputError(
-            f"{str(path)!r} has patch format {document.get('format')!r}",
-            f"this version reads format {FORMAT}",
-            "use the version of llmsurgery that wrote it",
-        )
     try:
+        document = json.loads(text)
+        if document["format"] != FORMAT:
+            raise InputError(
+                f"{str(path)!r} has patch format {document['format']!r}",
+                f"this version reads format {FORMAT}",
+                "use the version of llmsurgery that wrote it",
+            )
         tensors = {name: _tensor(header, name, entry) for name, entry in document["tensors"].items()}
         files = [_file(header, entry) for entry in document["files"]]
         config = str(document["base"]["config_sha256"])
@@ -250,7 +252,8 @@ def _tensor(header: Header, name: str, entry: dict[str, Any]) -> TensorPatch:
 def _file(header: Header, entry: dict[str, Any]) -> FilePatch:
     path = inside_name(str(entry["path"]), f"the patch {str(header.path)!r}")
     # A patch must reach neither the weights past their hashes, nor records of earlier runs, nor hidden folders.
-    if path.endswith((".safetensors", ".safetensors.index.json")) or path == "surgery.json" or path.startswith("."):
+    weights = path.lower().endswith((".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES))
+    if weights or path == "surgery.json" or PRIVATE_NAMES & set(path.split("/")):
         raise _broken(header.path, f"it carries the file {path!r}, which a patch may not change")
     if entry["content"] is not None and header.tensors[entry["content"]].dtype != "U8":
         raise _broken(header.path, f"the content of {path!r} is no bytes")

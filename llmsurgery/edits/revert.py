@@ -11,7 +11,7 @@ from llmsurgery.checkpoint import Checkpoint, Publication
 from llmsurgery.edits.undo import Undo
 from llmsurgery.errors import DamagedError
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 
 
 def revert_tensors(

@@ -263,12 +263,13 @@ def read_undo(root: Path) -> Undo:
     with opened(path) as (descriptor, size):
         if size < len(_MAGIC) + _TAIL.size:
             raise _damaged(path, "the file is truncated")
-        tail = bytearray(_TAIL.size)
+        head, tail = bytearray(len(_MAGIC)), bytearray(_TAIL.size)
+        read_into(descriptor, memoryview(head), 0, path)
         read_into(descriptor, memoryview(tail), size - _TAIL.size, path)
         length, digest, magic = _TAIL.unpack(tail)
         end = size - _TAIL.size - length
-        if magic != _MAGIC or length > _LARGEST_INDEX or end < len(_MAGIC):
-            raise _damaged(path, "its end is not that of undo data: it is truncated or of another version")
+        if magic != _MAGIC or head != _MAGIC or length > _LARGEST_INDEX or end < len(_MAGIC):
+            raise _damaged(path, "its ends are not those of undo data: it is truncated or of another version")
         index = bytearray(length)
         read_into(descriptor, memoryview(index), end, path)
     if hashlib.sha256(index).digest() != digest:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from llmsurgery.checkpoint import Checkpoint, Publication
-from llmsurgery.checkpoint.inventory import Inventory
 from llmsurgery.edits.build import write_factors
 from llmsurgery.edits.delta import side_digests
 from llmsurgery.edits.kinds import LowRank, TensorEdit
@@ -62,7 +61,7 @@ def write_recorded(
             if path.is_file() and path.name not in {CARD, *replaced} and _is_record(path.name):
                 writer.add_file(path.name, path)
         files = side_digests(Checkpoint.open(publication.path))
-        undo_bytes = writer.finish(changes, Inventory.of(source).skipped, files)
+        undo_bytes = writer.finish(changes, publication.skipped, files)
     return Recorded(changes, files, undo_bytes)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import unlearn
+from llmsurgery import apply, diff, revert, unlearn
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.methods.registry import all_methods
@@ -33,6 +33,15 @@ def run(checkpoint: Path, method: str, out: Path, data: dict[str, Path], **setti
 def tree(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def checkpoint_files(root: Path) -> dict[str, str]:
+    """The files that make the model: no card, manifest or undo data."""
+    return {
+        name: digest
+        for name, digest in tree(root).items()
+        if name not in {"README.md", "surgery.json"} and not name.startswith(".llmsurgery/")
+    }
 
 
 def stored(root: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +117,12 @@ def test_method_writes_exactly_its_edits(
     written = Checkpoint.open(tmp_path / "out")
     for name, row in manifest["tensors"].items():
         assert hashlib.sha256(written.read(name).tobytes()).hexdigest() == row["sha256_after"]
+    # A patch leads to the same bytes, and undo data lead back to the source's.
+    diff(source, tmp_path / "out", out=tmp_path / "patch")
+    apply(tmp_path / "patch", source, out=tmp_path / "applied")
+    revert(tmp_path / "out", out=tmp_path / "reverted")
+    assert checkpoint_files(tmp_path / "applied") == checkpoint_files(tmp_path / "out")
+    assert tree(tmp_path / "reverted") == before
     # Side files are carried over as they were.
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
