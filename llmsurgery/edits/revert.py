@@ -46,10 +46,10 @@ def _revert_tensor(undo: Undo, result: Checkpoint, publication: Publication, nam
             before.update(raw.data)
             after.update(raw.data)
 
-    for start, rows, offset, length in entry["blocks"]:
+    for start, rows, *place in entry["blocks"]:
         skip(start)
         new = result.read(name, start, start + rows)
-        old = undo.old_rows(new, offset, length)
+        old = undo.old_rows(new, place)
         after.update(new.reshape(-1).view(np.uint8).data)
         before.update(old.reshape(-1).view(np.uint8).data)
         publication.patch_rows(name, start, old)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -104,8 +105,13 @@ class UndoWriter:
 
     def _add_piece(self, name: str, start: int, rows: int, old: Stored, new: Stored) -> None:
         content = self._compressor.compress(_planes(np.ascontiguousarray(old), np.ascontiguousarray(new)))
-        self.blocks.setdefault(name, []).append([start, rows, self.offset, len(content)])
+        self.blocks.setdefault(name, []).append([start, rows, *self._write(content)])
+
+    def _write(self, content: bytes) -> list[int]:
+        """Write a piece and return where it lies: offset, length, CRC-32."""
+        place = [self.offset, len(content), zlib.crc32(content)]
         self.offset += self.stream.write(content)
+        return place
 
     def add_file(self, path: str, source: Path | None) -> None:
         """Keep a side file as it was before the run.
@@ -118,11 +124,8 @@ class UndoWriter:
             self.files.append({"path": path, "content": None})
             return
         content = source.read_bytes()
-        packed = self._compressor.compress(content)
-        place = {"offset": self.offset, "length": len(packed), "bytes": len(content)}
-        digest = hashlib.sha256(content).hexdigest()
-        self.files.append({"path": path, "content": place, "sha256": digest, "mode": permission_bits(source)})
-        self.offset += self.stream.write(packed)
+        place = self._write(self._compressor.compress(content))
+        self.files.append({"path": path, "content": place, "bytes": len(content), "mode": permission_bits(source)})
 
     def finish(self, changes: Iterable[TensorChange], left_out: Iterable[str], beside: Mapping[str, str]) -> int:
         """Write the index.
@@ -199,19 +202,27 @@ class Undo:
     _files: list[dict[str, Any]] = field(repr=False)
     _end: int = 0
 
-    def piece(self, offset: int, length: int, size: int) -> bytes:
+    def piece(self, place: Sequence[int], size: int) -> bytes:
         """Decompress one piece that must have a known size.
+
+        Args:
+            place: Offset, length and CRC-32.
+            size: Bytes of the content.
 
         Raises:
             DamagedError: It has not.
         """
         import zstandard
 
+        offset, length, checksum = place
         if not len(_MAGIC) <= offset <= offset + length <= self._end:
             raise _damaged(self.path, "a piece lies outside of the file")
         packed = bytearray(length)
         with opened(self.path) as (descriptor, _):
             read_into(descriptor, memoryview(packed), offset, self.path)
+        # The compressed bytes themselves: some flips in them would not show in what they decompress to.
+        if zlib.crc32(packed) != checksum:
+            raise _damaged(self.path, f"the piece at byte {offset} has another checksum")
         try:
             # Checked first: a damaged frame must not decide how much memory is taken.
             if zstandard.frame_content_size(bytes(packed)) != size:
@@ -220,26 +231,23 @@ class Undo:
         except zstandard.ZstdError as error:
             raise _damaged(self.path, f"the piece at byte {offset} cannot be decompressed: {error}") from error
 
-    def old_rows(self, new: Stored, offset: int, length: int) -> Stored:
+    def old_rows(self, new: Stored, place: Sequence[int]) -> Stored:
         """Return the old rows of one piece from the new ones."""
-        return _restore(self.piece(offset, length, new.nbytes), new)
+        return _restore(self.piece(place, new.nbytes), new)
 
     def files(self) -> list[OldFile]:
         """Return the side files as they were.
 
         Raises:
-            DamagedError: A content does not have its digest.
+            DamagedError: A content is damaged.
         """
         result = []
         for entry in self._files:
-            place = entry["content"]
+            name, place = inside_name(entry["path"], "the undo data"), entry["content"]
             if place is None:
-                result.append(OldFile(inside_name(entry["path"], "the undo data"), None))
-                continue
-            content = self.piece(place["offset"], place["length"], place["bytes"])
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise _damaged(self.path, f"{entry['path']} has another SHA-256")
-            result.append(OldFile(inside_name(entry["path"], "the undo data"), content, int(entry["mode"])))
+                result.append(OldFile(name, None))
+            else:
+                result.append(OldFile(name, self.piece(place, entry["bytes"]), int(entry["mode"])))
         return result
 
 
