@@ -29,7 +29,7 @@ def worker(model_path: str, variant: str, case: str, dtype: str) -> dict[str, fl
     import torch
 
     from llmsurgery.compute.device import DTYPES
-    from llmsurgery.compute.head import batch_log_probabilities, final_hidden, head_parameters
+    from llmsurgery.compute.head import batch_log_probabilities, final_hidden, read_head
     from llmsurgery.compute.load import load_model
     from llmsurgery.compute.source import resolve_source
     from llmsurgery.methods.unlearn.flat import FlatConfig, flat_loss
@@ -53,8 +53,8 @@ def worker(model_path: str, variant: str, case: str, dtype: str) -> dict[str, fl
         return batch_log_probabilities(model, ids, attention, label_mask)
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
-        weight, _ = head_parameters(model)
-        logits = torch.nn.functional.linear(final_hidden(model, ids, attention), weight)
+        head = read_head(model)
+        logits = head.logits(final_hidden(model, ids, attention))
         scores = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         rows, columns = torch.nonzero(label_mask, as_tuple=True)
         return scores[rows, columns - 1], rows

@@ -86,12 +86,14 @@ def unlearn_smollm2(result: dict[str, Any]) -> str:
     }
     lines = []
     for name, metric in result["metrics"].items():
-        pair = [f"{metric[when]['value']:.4f}" for when in ("before", "after")]
-        if outside and name in names:
-            pair += [f"{outside[when][names[name]]:.4f}" for when in ("before", "after")]
-        else:
-            pair += ["", ""]
-        lines.append([name, *pair])
+        cells = [f"{metric[when]['value']:.4f}" for when in ("before", "after")]
+        for when in ("before", "after"):
+            if outside and name in names:
+                own = result["bfloat16"][when][name]["value"]
+                cells.append(f"{own:.4f} / {outside[when][names[name]]:.4f}")
+            else:
+                cells.append("")
+        lines.append([name, *cells])
     record = result["operation"]["record"]
     text = (
         "The model's own greedy answers: 12 questions forgotten, 48 of the same form never shown. No retain term and\n"
@@ -99,7 +101,7 @@ def unlearn_smollm2(result: dict[str, Any]) -> str:
         f"{record['steps']} steps (stopped by: {record['stopped']}), {result['cost']['seconds']:.0f} s, peak memory "
         f"{result['cost']['rss_bytes'] / 2**30:.1f} GiB, scored in {result['operation']['dtype']}.\n"
     )
-    header = ["metric", "before", "after", "outside scorer, before", "after"]
+    header = ["metric", "before", "after", "bf16 before, ours / outside", "bf16 after, ours / outside"]
     return "## FLAT on SmolLM2-135M-Instruct\n\n" + text + "\n" + rows(header, lines)
 
 

@@ -58,7 +58,7 @@ def outside(script: Path, model: Path, files: list[Path], text: Path) -> dict[st
 
 def main() -> None:
     """Run and write the result."""
-    from llmsurgery import unlearn
+    from llmsurgery import evaluate_checkpoints, unlearn
     from llmsurgery.compute.source import resolve_source
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,8 +67,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--answers", type=Path, help="answers made earlier; skips making them")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows per forward when scoring")
+    parser.add_argument("--dtype", default="auto", help="compute dtype of the run")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     source = resolve_source(options.model)
@@ -89,7 +88,7 @@ def main() -> None:
             text=options.text,
             out=work / "out",
             dtype=options.dtype,
-            settings={"eval.batch_size": options.batch_size, **dict(item.split("=", 1) for item in options.set)},
+            settings=dict(item.split("=", 1) for item in options.set),
         )
         manifest: Any = outcome.manifest
         result: dict[str, object] = {
@@ -100,6 +99,19 @@ def main() -> None:
         }
         if options.measure:
             files = [forget, neighbours]
+            # As the outside scorer does it: bfloat16, one row at a time.
+            scored: Any = evaluate_checkpoints(
+                [source, work / "out"],
+                forget=forget,
+                retain=neighbours,
+                text=options.text,
+                dtype="bfloat16",
+                batch_size=1,
+                settings={"generate": False},
+            )
+            result["bfloat16"] = {
+                when: model["metrics"] for when, model in zip(("before", "after"), scored["models"], strict=True)
+            }
             result["outside"] = {
                 "before": outside(options.measure, source, files, options.text),
                 "after": outside(options.measure, work / "out", files, options.text),

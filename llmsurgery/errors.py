@@ -69,6 +69,8 @@ class GateError(SurgeryError):
 
     exit_code = 6
     kind = "gate"
+    report: dict[str, object] | None = None
+    """What was measured, for the JSON document of the failure."""
 
 
 class ResourceError(SurgeryError):

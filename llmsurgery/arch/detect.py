@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from llmsurgery.arch import families
 from llmsurgery.arch.spec import Family, RoleTensor, Structure
 from llmsurgery.errors import DamagedError, UnsupportedError
+
+Missing = tuple[int | None, str, str]
+"""Layer, role and stored name of a weight that is not there."""
 
 
 class StoredTensor(Protocol):
@@ -62,41 +66,90 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
         DamagedError: A required tensor is missing.
     """
     family = find_family(config)
-    layers = config.get(family.layers_key)
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-        raise DamagedError(
-            f"config.json has no usable {family.layers_key}",
-            f"found {layers!r}, a number of blocks of 1 or more is needed",
-            "restore config.json from the model's source",
-        )
-    memory_prefix, disk_prefix = _stored_prefix(family, tensors)
-    result: list[RoleTensor] = []
-    missing: list[str] = []
+    layers = _count(config, (family.layers_key,), "blocks")
+    experts = _count(config, family.experts_keys, "experts") if family.experts_keys else 0
+    prefix = _stored_prefix(family, tensors)
+    found, missing = _match(family, layers, experts, prefix, tensors)
     tied = dict(family.tied) if config.get("tie_word_embeddings", family.tied_by_default) else {}
-    for role, pattern in family.roles.items():
-        for layer in range(layers) if "{layer}" in pattern else [None]:
-            module = pattern.format(layer=layer)
-            stem = disk_prefix + module.removeprefix(memory_prefix) if module.startswith(memory_prefix) else module
-            found = False
-            for part in ("weight", "bias"):
-                stored = f"{stem}.{part}"
-                if stored in tensors:
-                    entry = tensors[stored]
-                    transposed = role in family.transposed and len(entry.shape) == 2
-                    result.append(RoleTensor(role, layer, part, module, stored, entry.shape, entry.dtype, transposed))
-                    found = found or part == "weight"
-            if not found and role not in tied and role not in family.optional:
-                missing.append(f"{stem}.weight")
-    if missing:
+    optional = family.optional | tied.keys()
+    if absent := [name for role, name in _needed(family, found, missing) if role not in optional]:
+        _refuse_fused(family, tensors)
         raise DamagedError(
-            f"{len(missing)} tensors are missing, first {missing[0]}",
+            f"{len(absent)} tensors are missing, first {absent[0]}",
             f"config.json announces a {family.name} model of {layers} layers that needs them",
             "download or copy the checkpoint again",
         )
-    with_role = {tensor.stored for tensor in result}
+    with_role = {tensor.stored for tensor in found}
     # A checkpoint may store the tied copy as well; then both names have a role and nothing is shared on disk.
-    shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in result)}
-    return Structure(family, layers, tuple(result), shared, tuple(n for n in tensors if n not in with_role))
+    shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in found)}
+    copies = tuple((role, target) for role, target in tied.items() if role not in shared)
+    other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
+    return Structure(family, layers, tuple(found), shared, other, copies, experts)
+
+
+def _count(config: Mapping[str, object], keys: Sequence[str], of: str) -> int:
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DamagedError(
+            f"config.json has no usable {' or '.join(keys)}",
+            f"found {value!r}, a number of {of} of 1 or more is needed",
+            "restore config.json from the model's source",
+        )
+    return value
+
+
+def _match(
+    family: Family, layers: int, experts: int, prefix: tuple[str, str], tensors: Mapping[str, StoredTensor]
+) -> tuple[list[RoleTensor], list[Missing]]:
+    """Go through the table; return the stored tensors with a role, and the weights that are not there."""
+    memory_prefix, disk_prefix = prefix
+    found: list[RoleTensor] = []
+    missing: list[Missing] = []
+    for role, pattern in family.roles.items():
+        stored_pattern = family.stored.get(role, pattern)
+        places = [
+            (layer, expert)
+            for layer in (range(layers) if "{layer}" in pattern else [None])
+            for expert in (range(experts) if "{expert}" in stored_pattern else [None])
+        ]
+        for layer, expert in places:
+            module = pattern.format(layer=layer)
+            stem = stored_pattern.format(layer=layer, expert=expert)
+            if stem.startswith(memory_prefix):
+                stem = disk_prefix + stem.removeprefix(memory_prefix)
+            for part in ("weight", "bias", *family.state.get(role, ())):
+                name = f"{stem}.{part}"
+                if name in tensors:
+                    shape, dtype = tensors[name].shape, tensors[name].dtype
+                    transposed = role in family.transposed and len(shape) == 2
+                    fused = family.fused.get(role)
+                    found.append(RoleTensor(role, layer, part, module, name, shape, dtype, transposed, expert, fused))
+                elif part == "weight":
+                    missing.append((layer, role, name))
+    return found, missing
+
+
+def _needed(family: Family, found: Sequence[RoleTensor], missing: Sequence[Missing]) -> list[tuple[str, str]]:
+    """Drop what a block lacks because it has another choice of roles; return role and name of the rest."""
+    present = Counter((tensor.layer, tensor.role) for tensor in found if tensor.part == "weight")
+    result = []
+    for layer, role, name in missing:
+        groups = next((groups for groups in family.choices if any(role in group for group in groups)), ((role,),))
+        # The choice a block has made is the one that most of its tensors belong to.
+        chosen = max(groups, key=lambda group: sum(present[layer, member] for member in group))
+        if role in chosen:
+            result.append((role, name))
+    return result
+
+
+def _refuse_fused(family: Family, tensors: Mapping[str, StoredTensor]) -> None:
+    ends = {f".{fused.parameter}" for fused in family.fused.values()}
+    if fused_names := [name for name in tensors if any(name.endswith(end) for end in ends)]:
+        raise UnsupportedError(
+            f"the experts of a block are stored as one tensor, first {fused_names[0]}",
+            f"{family.name} checkpoints hold one tensor per expert, and edits go by these names",
+            "load the model with transformers and save it again: save_pretrained without save_original_format=False",
+        )
 
 
 def _stored_prefix(family: Family, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:

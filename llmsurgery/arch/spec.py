@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llmsurgery.errors import NoEffectError, UsageError, unknown_name
 
-LINEAR_ROLES = ("attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-"""The matrices of a block that LoRA and most edits aim at; a family has some of them."""
+LINEAR_ROLES = (
+    "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o",
+    "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down", "shared.gate", "shared.up", "shared.down",
+)  # fmt: skip
+"""The matrices of a block that LoRA and most edits aim at; a family has some of them. Routed experts are not among
+them: in memory they are slices of one parameter, and there are many."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Where transformers keep the matrices of one role in memory: all experts of a block in one 3-D parameter.
+
+    The matrix of expert e is block number `block` of `blocks` equal blocks of rows of `parameter[e]`.
+
+    Attributes:
+        parameter: Name of the parameter [experts, rows, columns].
+        block: Number of the block of rows.
+        blocks: Number of blocks.
+    """
+
+    parameter: str
+    block: int = 0
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,14 @@ class Family:
         optional: Roles that a checkpoint may lack.
         tied: (role, role it shares its tensor with) when the config ties them.
         tied_by_default: Whether a config without `tie_word_embeddings` ties them.
+        buffers: Endings of stored names that are constants of the code; stock transformers ignores them.
+        stored: Role -> module path as stored, with the prefix of the tree in memory, where it is not that of `roles`;
+            `{expert}` stands for the expert's number.
+        fused: Roles of experts -> where their matrices lie in memory; `roles` then names the module of all experts.
+        experts_keys: Keys of config.json that may hold the number of routed experts; none if there are no experts.
+        choices: Sets of roles of which each block has one: routed experts or a dense MLP.
+        state: Role -> further stored tensors of its module, which are no parameters and do not train.
+        norm_offset: What the norms add to their weight before they multiply.
     """
 
     name: str
@@ -37,6 +67,13 @@ class Family:
     optional: frozenset[str] = frozenset()
     tied: tuple[tuple[str, str], ...] = (("lm_head", "embed"),)
     tied_by_default: bool = False
+    buffers: tuple[str, ...] = ()
+    stored: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, Fused] = field(default_factory=dict)
+    experts_keys: tuple[str, ...] = ()
+    choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    state: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +83,14 @@ class RoleTensor:
     Attributes:
         role: Role name, for example "mlp.down".
         layer: Block number, or None outside the blocks.
-        part: "weight" or "bias".
+        part: "weight", "bias", or the name of a further tensor of the module.
         module: Module path in transformers.
         stored: Name on disk.
         shape: Stored shape.
         dtype: Stored dtype code.
         transposed: True if a matrix is stored [inputs, outputs].
+        expert: Number of the routed expert, or None.
+        fused: Where in the module's parameters the tensor lies, or None if it is the parameter `part`.
     """
 
     role: str
@@ -62,10 +101,12 @@ class RoleTensor:
     shape: tuple[int, ...]
     dtype: str
     transposed: bool
+    expert: int | None = None
+    fused: Fused | None = None
 
     @property
     def label(self) -> str:
-        """Role for reports: biases are told apart from weights."""
+        """Role for reports: biases and the like are told apart from weights."""
         return self.role if self.part == "weight" else f"{self.role}.{self.part}"
 
     @property
@@ -87,6 +128,8 @@ class Structure:
         tensors: Every stored tensor that has a role, in table order.
         tied: Role -> role whose stored tensor it shares, as found in this checkpoint.
         other: Stored names without a role.
+        copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
+        experts: Number of routed experts of a block, 0 without any.
     """
 
     family: Family
@@ -94,42 +137,48 @@ class Structure:
     tensors: tuple[RoleTensor, ...]
     tied: dict[str, str] = field(default_factory=dict)
     other: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+    experts: int = 0
 
     @property
     def roles(self) -> list[str]:
         """The roles that have a weight here, in table order."""
         return list(dict.fromkeys(tensor.role for tensor in self.tensors if tensor.part == "weight"))
 
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        return {tensor.stored: tensor.label for tensor in self.tensors}
+
     def role_of(self, stored: str) -> str:
         """Return the report label of a stored name, "other" if it has no role."""
-        for tensor in self.tensors:
-            if tensor.stored == stored:
-                return tensor.label
-        return "other"
+        return self._labels.get(stored, "other")
 
-    def select(self, roles: Sequence[str], layers: Iterable[int] | None = None) -> list[RoleTensor]:
+    def select(
+        self, roles: Sequence[str], layers: Iterable[int] | None = None, experts: Iterable[int] | None = None
+    ) -> list[RoleTensor]:
         """Return the weights of some roles, in order of layer.
 
         Args:
-            roles: Role names; `linear` stands for every matrix of a block, `all` for every weight.
+            roles: Role names; `linear` stands for every matrix of a block that is not a routed expert's, `all` for
+                every weight and bias.
             layers: Block numbers, or None for all.
+            experts: Numbers of routed experts, or None for all; tensors that belong to no expert are not affected.
 
         Raises:
-            UsageError: An unknown role or a layer that does not exist.
+            UsageError: An unknown role, or a layer or expert that does not exist.
             NoEffectError: The roles exist but not in these layers.
         """
         wanted = self._expand(roles)
-        numbers = None if layers is None else set(layers)
-        if numbers is not None and (outside := sorted(n for n in numbers if not 0 <= n < self.layers)):
-            raise UsageError(
-                f"layer {outside[0]} does not exist", f"the model has layers 0 to {self.layers - 1}", "change `layers`"
-            )
+        numbers = _existing("layer", layers, self.layers)
+        chosen = _existing("expert", experts, self.experts)
+        parts = ("weight", "bias") if "all" in roles else ("weight",)
         found = [
             tensor
             for tensor in self.tensors
             if tensor.role in wanted
-            and (tensor.part == "weight" or "all" in roles)
+            and tensor.part in parts
             and (numbers is None or tensor.layer in numbers)
+            and (chosen is None or tensor.expert is None or tensor.expert in chosen)
         ]
         if not found:
             raise NoEffectError(
@@ -153,4 +202,19 @@ class Structure:
                 wanted.add(role)
             else:
                 raise unknown_name("role", role, [*self.roles, "linear", "all"])
+        for pair in self.copies:
+            # Two stored copies of one tied tensor must stay equal, or the model is no longer tied when loaded.
+            if wanted & set(pair):
+                wanted.update(pair)
         return wanted
+
+
+def _existing(kind: str, numbers: Iterable[int] | None, count: int) -> set[int] | None:
+    """Return the numbers as a set, refusing those outside 0 to count - 1."""
+    if numbers is None:
+        return None
+    chosen = set(numbers)
+    if outside := sorted(number for number in chosen if not 0 <= number < count):
+        there = f"the model has {kind}s 0 to {count - 1}" if count else f"the model has no {kind}s"
+        raise UsageError(f"{kind} {outside[0]} does not exist", there, f"change `{kind}s`")
+    return chosen

@@ -24,7 +24,6 @@ from llmsurgery.errors import ResourceError, SurgeryError, UsageError
 app = typer.Typer(
     name="llmsurgery",
     help="Change a trained language model after the fact, and prove it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -68,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code of the product contract.
     """
+    arguments = arguments or ["--help"]
     words = set(arguments)
     output = Output("--json" in words, bool({"-q", "--quiet"} & words), bool({"-v", "--verbose"} & words))
     # A job that is told to stop should clean up like one that is interrupted by hand.
@@ -85,10 +85,10 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         output.error(_InterruptedError("interrupted", "", "nothing was published"), INTERRUPTED)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout went away; there is nobody left to tell.
-        sys.stderr.close()
-        return 0
+    except MemoryError:
+        wrapped = ResourceError("out of memory", "an allocation failed", "use a machine with more memory")
+        output.error(wrapped, wrapped.exit_code)
+        return wrapped.exit_code
     except OSError as error:
         wrapped = ResourceError(f"{type(error).__name__}: {error}", "the system refused a file operation", "")
         output.error(wrapped, wrapped.exit_code)

@@ -25,6 +25,7 @@ def inspect(
     document = cast(dict[str, Any], api.inspect_checkpoint(model))
     output.document(document)
     tied = "".join(f", {role} shares the tensor of {other}" for role, other in document["tied"].items())
+    experts = f"{document['experts']} experts, " if document["experts"] else ""
     roles = [
         (name, row["tensors"], row["parameters"], row["dtype"], " x ".join(map(str, row["shape"])))
         for name, row in document["roles"].items()
@@ -35,7 +36,7 @@ def inspect(
         for name, row in document["methods"].items()
     ]
     output.show(
-        f"{document['family']} model, {document['layers']} layers, {document['parameters']:,} parameters, "
+        f"{document['family']} model, {document['layers']} layers, {experts}{document['parameters']:,} parameters, "
         f"{document['bytes']:,} bytes in {document['stored_dtype']}{tied}",
         rows_table(("role", "tensors", "parameters", "dtype", "shape"), roles),
         rows_table(("file", "tensors", "bytes"), shards),

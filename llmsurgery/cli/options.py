@@ -24,7 +24,7 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="set a hyperparameter; may be repeated")
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file of hyperparameters; --set wins over it")]
-Seed = Annotated[int, typer.Option("--seed", help="seed of everything random")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="seed of everything random")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:i")]
 Dtype = Annotated[str, typer.Option("--dtype", help="compute dtype: auto, float32, bfloat16 or float16")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="rows per forward")]

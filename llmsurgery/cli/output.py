@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmsurgery.errors import SurgeryError
+from llmsurgery.errors import GateError, SurgeryError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
     from llmsurgery.compute.progress import Tick
 
 _SHOW_AFTER_SECONDS = 2.0
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Go on in silence when the reader of stdout has closed its end, as `head` does; the work is done all the same."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        # rich raises SystemExit for a broken pipe. Later prints, and the flush at exit, go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Output:
@@ -46,18 +58,21 @@ class Output:
         """Print results for people; nothing under `--json` or `--quiet`."""
         if not self.as_json and not self.quiet:
             console = self._console()
-            for thing in things:
-                console.print(thing, markup=False) if isinstance(thing, str) else console.print(thing)
+            with _reader_may_leave():
+                for thing in things:
+                    console.print(thing, markup=False) if isinstance(thing, str) else console.print(thing)
 
     def essential(self, line: str) -> None:
         """Print the one line that `--quiet` leaves; nothing without `--quiet` or under `--json`."""
         if self.quiet and not self.as_json:
-            print(line)
+            with _reader_may_leave():
+                print(line)
 
     def document(self, content: object) -> None:
         """Print the JSON document of the command; nothing without `--json`."""
         if self.as_json:
-            print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+            with _reader_may_leave():
+                print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
 
     def notice(self, message: str) -> None:
         """Tell the user something that is not an error."""
@@ -68,6 +83,8 @@ class Output:
         """Print an error in its three parts, as JSON under `--json`."""
         if self.as_json:
             document: dict[str, Any] = {"error": error.as_dict(), "exit_code": exit_code}
+            if isinstance(error, GateError) and error.report is not None:
+                document["report"] = error.report
             print(json.dumps(document, indent=2, ensure_ascii=False))
         parts = [f"error: {error.what}"]
         parts += [f"  why: {error.why}"] if error.why else []

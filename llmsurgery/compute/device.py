@@ -7,6 +7,8 @@ import random
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,24 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peaks["device_bytes"] = int(torch.cuda.max_memory_allocated())
     return peaks
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory into the error that has its exit code.
+
+    Raises:
+        ResourceError: In place of any out-of-memory error.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        message = str(error)
+        # On the CPU torch raises a plain RuntimeError.
+        if type(error) is RuntimeError and "can't allocate memory" not in message:
+            raise
+        raise ResourceError(
+            "out of memory",
+            message.splitlines()[0][:200] if message else "an allocation failed",
+            "lower --batch-size or --set max_length=..., or use --set gradient_checkpointing=true",
+        ) from error

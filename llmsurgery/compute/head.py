@@ -7,6 +7,7 @@ log-sum-exp, so the head runs on labelled positions alone, in chunks, and the ba
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +41,41 @@ def final_hidden(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask
     return hidden
 
 
-def head_parameters(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the head's weight [vocabulary, width] and bias."""
-    head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None)
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What turns final hidden states into logits.
+
+    Attributes:
+        weight: Weight [vocabulary, width].
+        bias: Bias [vocabulary] or None.
+        softcap: Bound c of logits that are capped as c tanh(logits / c), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [positions, vocabulary] of some positions, in the dtype of the hidden states."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        # The stock models cap in the dtype of the logits as well.
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """Return the head in another dtype."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.softcap)
+
+    def clone(self) -> Head:
+        """Return a copy that later changes of the model do not reach."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return Head(self.weight.detach().clone(), bias, self.softcap)
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """Return the language-model head of a model."""
+    layer = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -52,38 +84,50 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _LabelLogProbabilities(torch.autograd.Function):
-    """log softmax(h W^T + b)[label] per position; the backward recomputes the logits chunk by chunk."""
+    """log softmax(logits)[label] per position; the backward recomputes the chunks of logits."""
 
     @staticmethod
     def forward(
-        context: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        labels: torch.Tensor,
     ) -> torch.Tensor:
+        head = Head(weight, bias, softcap)
         rows = chunk_rows(weight.shape[0])
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(result)
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = head.logits(hidden[part]).float()
             log_sums[part] = torch.logsumexp(logits, dim=-1)
             result[part] = logits.gather(1, labels[part, None]).squeeze(1) - log_sums[part]
         context.save_for_backward(hidden, weight, bias, labels, log_sums)
+        context.softcap = softcap
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, labels, log_sums = context.saved_tensors
-        needs_hidden, needs_weight, needs_bias, _ = context.needs_input_grad
+        head = Head(weight, bias, context.softcap)
+        needs_hidden, needs_weight, needs_bias, *_ = context.needs_input_grad
         rows = chunk_rows(weight.shape[0])
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = head.logits(hidden[part]).float()
+            # d (c tanh(x / c)) / d x = 1 - (y / c)^2 for the capped logit y.
+            cap_slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
             # d logp / d logits = onehot(label) - softmax, scaled by the incoming gradient.
             logits.sub_(log_sums[part, None]).exp_().neg_()
             logits.scatter_add_(1, labels[part, None], torch.ones_like(logits[:, :1]))
             logits.mul_(gradient[part, None])
+            if cap_slope is not None:
+                logits.mul_(cap_slope)
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0)
             slope = logits.to(hidden.dtype)
@@ -96,26 +140,24 @@ class _LabelLogProbabilities(torch.autograd.Function):
             None if weight_gradient is None else weight_gradient.to(weight.dtype),
             None if bias_gradient is None else bias_gradient.to(bias.dtype),
             None,
+            None,
         )
 
 
-def label_log_probabilities(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> torch.Tensor:
+def label_log_probabilities(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
     """Return the log-probability of each label.
 
     Args:
         hidden: Final hidden states of the positions that predict the labels [positions, width].
-        weight: Head weight [vocabulary, width].
-        bias: Head bias [vocabulary] or None.
+        head: The language-model head.
         labels: Token ids [positions].
 
     Returns:
-        Log-probabilities [positions], fp32. Logits are computed in the head's dtype, log-sum-exp in fp32.
+        Log-probabilities [positions], fp32. Logits are computed in the dtype of `hidden`, log-sum-exp in fp32.
     """
     apply: Any = _LabelLogProbabilities.apply
-    bias = None if bias is None else bias.to(hidden.dtype)
-    result: torch.Tensor = apply(hidden, weight.to(hidden.dtype), bias, labels)
+    head = head.to(hidden.dtype)
+    result: torch.Tensor = apply(hidden, head.weight, head.bias, head.softcap, labels)
     return result
 
 
@@ -143,34 +185,28 @@ def batch_log_probabilities(
     # The head below computes in one dtype: inside autocast its forward and backward could differ.
     hidden = hidden if autocast is None else hidden.to(autocast)
     rows, columns = torch.nonzero(label_mask, as_tuple=True)
-    weight, bias = head_parameters(model)
     # Position t - 1 predicts token t.
-    log_probabilities = label_log_probabilities(hidden[rows, columns - 1], weight, bias, input_ids[rows, columns])
+    log_probabilities = label_log_probabilities(hidden[rows, columns - 1], read_head(model), input_ids[rows, columns])
     return log_probabilities, rows
 
 
-def mean_kl(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    before_head: tuple[torch.Tensor, torch.Tensor | None],
-    after_head: tuple[torch.Tensor, torch.Tensor | None],
-) -> torch.Tensor:
+def mean_kl(before: torch.Tensor, after: torch.Tensor, before_head: Head, after_head: Head) -> torch.Tensor:
     """Return KL(before || after) per position, streaming over positions.
 
     Args:
         before: Final hidden states of the reference model [positions, width].
         after: Final hidden states of the other model [positions, width].
-        before_head: The reference model's head weight and bias.
-        after_head: The other model's head weight and bias.
+        before_head: The reference model's head.
+        after_head: The other model's head.
 
     Returns:
         One value per position [positions], fp32, in nats.
     """
-    rows = chunk_rows(before_head[0].shape[0])
+    rows = chunk_rows(before_head.weight.shape[0])
     parts = []
     for start in range(0, len(before), rows):
         part = slice(start, start + rows)
-        reference = torch.nn.functional.linear(before[part], *before_head).float().log_softmax(-1)
-        other = torch.nn.functional.linear(after[part], *after_head).float().log_softmax(-1)
+        reference = before_head.logits(before[part]).float().log_softmax(-1)
+        other = after_head.logits(after[part]).float().log_softmax(-1)
         parts.append((reference.exp() * (reference - other)).sum(-1))
     return torch.cat(parts)

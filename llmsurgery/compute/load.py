@@ -9,10 +9,11 @@ from typing import cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmsurgery.errors import DamagedError, InputError, UnsupportedError
+from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
 
 
 def quiet_transformers() -> None:
@@ -31,10 +32,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except StrictDataclassError as error:
+        # The tokenizer's loader reads the model's config first.
+        raise _bad_config(path, error) from error
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise InputError(
             f"no usable tokenizer in {path}",
-            str(error).splitlines()[0][:200],
+            str(error).partition("\n")[0][:200],
             "copy tokenizer.json and tokenizer_config.json beside the weights",
         ) from error
     if tokenizer.eos_token_id is None:
@@ -46,8 +50,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _bad_config(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error.__cause__ or error).split())
+    return InputError(f"config.json in {path} is not accepted", reason[:300], "correct that value")
+
+
 def load_model(
-    path: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    buffers: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """Load a causal language model with the stock Auto class.
 
@@ -56,6 +69,7 @@ def load_model(
         dtype: Compute dtype.
         device: Where to put it.
         trust_remote_code: Run model code that the checkpoint brings.
+        buffers: Endings of stored names that the model's code rightly ignores.
 
     Returns:
         The model in eval mode, without gradients.
@@ -64,7 +78,7 @@ def load_model(
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape, or hold NaN or Inf.
         UnsupportedError: transformers has no class for it.
     """
-    model = _from_pretrained(path, trust_remote_code, dtype=dtype)
+    model = _from_pretrained(path, trust_remote_code, buffers, dtype=dtype)
     model.to(device)
     model.eval()
     model.requires_grad_(False)
@@ -72,12 +86,13 @@ def load_model(
     return model
 
 
-def check_loadable(path: Path, trust_remote_code: bool = False) -> str:
+def check_loadable(path: Path, trust_remote_code: bool = False, buffers: tuple[str, ...] = ()) -> str:
     """Check that stock transformers takes every stored tensor, on the meta device: nothing of the weights is read.
 
     Args:
         path: Checkpoint directory.
         trust_remote_code: Run model code that the checkpoint brings.
+        buffers: As for `load_model`.
 
     Returns:
         The name of the model class.
@@ -86,10 +101,12 @@ def check_loadable(path: Path, trust_remote_code: bool = False) -> str:
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape.
         UnsupportedError: transformers has no class for it.
     """
-    return type(_from_pretrained(path, trust_remote_code, device_map="meta")).__name__
+    return type(_from_pretrained(path, trust_remote_code, buffers, device_map="meta")).__name__
 
 
-def _from_pretrained(path: Path, trust_remote_code: bool, **placement: object) -> PreTrainedModel:
+def _from_pretrained(
+    path: Path, trust_remote_code: bool, buffers: tuple[str, ...], **placement: object
+) -> PreTrainedModel:  # fmt: skip
     quiet_transformers()
     try:
         with warnings.catch_warnings():
@@ -104,19 +121,29 @@ def _from_pretrained(path: Path, trust_remote_code: bool, **placement: object) -
                 # Wrong shapes are reported below instead of raised as a bare RuntimeError.
                 ignore_mismatched_sizes=True,
             )
+    except StrictDataclassError as error:
+        raise _bad_config(path, error) from error
     except SafetensorError as error:
         raise DamagedError(
             f"the weights in {path} cannot be read", str(error), "download or copy the checkpoint again"
         ) from error
-    except (ValueError, KeyError, ImportError) as error:
+    except (
+        ValueError,
+        KeyError,
+        ImportError,
+        TypeError,
+        AttributeError,
+        ZeroDivisionError,
+    ) as error:
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot build the model in {path}",
-            str(error).splitlines()[0][:300],
+            str(error).partition("\n")[0][:300],
             "check config.json, or a newer transformers",
         ) from error
     # A silently dropped or freshly initialised tensor would make every figure meaningless.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(problem) or ()):
+        found = (str(name[0] if isinstance(name, tuple) else name) for name in report.get(problem) or ())
+        if names := sorted(name for name in found if not name.endswith(buffers)):
             raise DamagedError(
                 f"{len(names)} tensors of {path} are {problem.removesuffix('_keys')}, first {names[0]}",
                 "stock transformers would ignore them or fill them with random numbers",
@@ -130,9 +157,16 @@ def require_finite_model(model: PreTrainedModel) -> None:
 
     Raises:
         DamagedError: Names the first bad tensor.
+        UsageError: A value is too large for the compute dtype.
     """
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
+            if parameter.dtype == torch.float16 and not bool(parameter.isnan().any()):
+                raise UsageError(
+                    f"tensor {name} does not fit into float16",
+                    "a value above 65504 becomes infinite there",
+                    "use --dtype bfloat16 or --dtype float32",
+                )
             raise DamagedError(
                 f"tensor {name} holds NaN or Inf",
                 "no figure or gradient computed with it means anything",

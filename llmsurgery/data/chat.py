@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from llmsurgery.data.records import Message, Row
 from llmsurgery.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_TOKENS = 256
+"""Longest chunk of plain text, for training and for measuring: both must see the same halves."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,14 @@ class Encoder:
             return eos
         probe = "ANSWER"
         text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
-        tail = self._ids(text[text.rindex(probe) + len(probe) :])
+        before, found, after = text.rpartition(probe)
+        if not found:
+            raise InputError(
+                "the chat template does not show the assistant's answer",
+                f"rendered: {before or after!r:.100}",
+                "correct chat_template in the tokenizer's files",
+            )
+        tail = self._ids(after)
         # Llama 3 marks its end of turn as special without listing it among the named special tokens.
         added = self.tokenizer.added_tokens_decoder.items()
         special = {*self.tokenizer.all_special_ids, *(number for number, token in added if token.special)}
@@ -71,7 +84,7 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{where}: the chat template refuses these turns", reason, "check the roles") from error
         return str(text)
@@ -161,22 +174,19 @@ class Encoder:
             row: A row of kind "text".
             tokens: Longest chunk.
 
-        Raises:
-            InputError: The text has fewer than four tokens.
+        Returns:
+            The chunks; none for a text of fewer than four tokens, such as a heading.
         """
         ids = self._ids(row.answer)
         prefix = [] if self._starts_special(row.answer) else self._prefix()
         length = min(tokens, self.max_length) - len(prefix)
         parts = [tuple(ids[start : start + length]) for start in range(0, len(ids), length)]
         # A rest of a few tokens has no prompt worth the name; it joins nothing and is left out.
-        chunks = [
+        return [
             Encoded((*prefix, *part), len(prefix) + len(part) // 2, False, row.where)
             for part in parts
             if len(part) >= 4
         ]
-        if not chunks:
-            raise InputError(f"{row.where}: the text has {len(ids)} tokens", "four are needed to cut it in two", "")
-        return chunks
 
     def replace_answer(self, encoded: Encoded, answer: str, max_length: int) -> Encoded:
         """Return a chunk's prompt followed by another answer and the end token.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from llmsurgery.data.chat import Encoded
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device, indices:
         device: Where the tensors go.
         indices: Carried along in the batch.
     """
+    import torch
+
     time = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
     attention = torch.zeros_like(input_ids)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmsurgery.errors import InputError, UnsupportedError
+from llmsurgery.checkpoint.oserrors import reading
+from llmsurgery.errors import InputError
 
 EXPECTED = "question/answer, prompt/completion, messages or text"
 _FORMATS = (".jsonl", ".json", ".csv", ".txt")
@@ -60,14 +61,14 @@ def read_rows(path: str | Path) -> list[Row]:
         At least one row.
 
     Raises:
-        InputError: Missing, empty or malformed; names the file, the line, the key found and the key expected.
-        UnsupportedError: Another file format.
+        InputError: Missing, empty, malformed or of another format; names file and line, the key found and the key
+            expected.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"data file {path} does not exist", "no such file", "check the path")
     if path.suffix.lower() not in _FORMATS:
-        raise UnsupportedError(
+        raise InputError(
             f"data file {path} has the unknown ending {path.suffix!r}",
             f"known are {', '.join(_FORMATS)}",
             "convert it to JSON Lines",
@@ -80,7 +81,8 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with reading(path):
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8", f"byte {error.start} cannot be decoded", "save the file as UTF-8"
@@ -90,7 +92,7 @@ def _read_text(path: Path) -> str:
 def _read_records(path: Path) -> Iterator[tuple[str, object]]:
     text = _read_text(path)
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix == ".jsonl" or (suffix == ".json" and _is_lines(text)):
         # Only \n ends a record: JSON strings may hold other line separators of Unicode.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -109,6 +111,17 @@ def _read_records(path: Path) -> Iterator[tuple[str, object]]:
         passages = (part.strip() for part in re.split(r"\n[ \t]*\n", text))
         for number, passage in enumerate(filter(None, passages), start=1):
             yield f"{path}: passage {number}", passage
+
+
+def _is_lines(text: str) -> bool:
+    """Whether a `.json` file holds one record a line, as TOFU publishes its files."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) < 2:
+        return False
+    try:
+        return isinstance(json.loads(lines[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _load_json(text: str, where: str) -> object:
@@ -184,7 +197,10 @@ def _chat(messages: object, where: str) -> Row:
     for turn in messages:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise InputError(f"{where}: a turn of messages has no role or content", f"found {turn!r:.80}", "")
-        turns.append(Message(_string(turn, "role", where), _string(turn, "content", where)))
+        role = _string(turn, "role", where)
+        # An empty system turn is common and harmless; an empty question or answer is not.
+        blank = role == "system" and turn["content"] == ""
+        turns.append(Message(role, "" if blank else _string(turn, "content", where)))
     if turns[-1].role != "assistant" or len(turns) < 2:
         raise InputError(
             f"{where}: messages do not end with an answer",

@@ -16,7 +16,7 @@ from llmsurgery.checkpoint.carry import permission_bits
 from llmsurgery.checkpoint.container import Part, write_container
 from llmsurgery.checkpoint.reader import opened, read_into
 from llmsurgery.edits.delta import FileDelta, Stored, as_bits, pair_blocks
-from llmsurgery.edits.evaluate import exact_rows
+from llmsurgery.edits.evaluate import exact_rows, round_rows
 from llmsurgery.edits.indices import Flags, Sizes, encode_flags, encode_positions
 from llmsurgery.edits.kinds import Array, LowRank
 from llmsurgery.edits.patch import FACTORS_KEY, KEY, Exact, FilePatch, TensorPatch, encode_metadata
@@ -180,7 +180,7 @@ def _wrong_or_close(
         bound += left[:, None] * right[None, :]
     bound *= MARGIN
     below, above = as_bits(encode(exact - bound, dtype)), as_bits(encode(exact + bound, dtype))
-    return np.asarray((below != above) | (as_bits(encode(exact, dtype)) != as_bits(new)))
+    return np.asarray((below != above) | (as_bits(round_rows(exact, old, info)) != as_bits(new)))
 
 
 def _width(array: Array) -> int:

@@ -100,15 +100,34 @@ def evaluate_rows(
     Raises:
         DivergedError: The result does not fit the stored dtype (overflow).
     """
-    values = exact_rows(edits, raw, info, start, stop)
-    result = encode(values, info.dtype)
-    if not np.isfinite(decode(result, info.dtype)).all():
+    return round_rows(exact_rows(edits, raw, info, start, stop), raw, info)
+
+
+def round_rows(
+    values: npt.NDArray[np.float64], raw: npt.NDArray[np.generic], info: TensorInfo
+) -> npt.NDArray[np.generic]:  # fmt: skip
+    """Round rows once, to nearest even, to the stored dtype; an entry whose value stays keeps its bits.
+
+    Args:
+        values: The new values.
+        raw: The same rows as stored.
+        info: The tensor's header entry.
+
+    Raises:
+        DivergedError: A value does not fit the stored dtype (overflow).
+    """
+    before = decode(raw, info.dtype)
+    with np.errstate(over="ignore"):
+        result = encode(values, info.dtype)
+    after = decode(result, info.dtype)
+    if not np.isfinite(after).all():
         raise DivergedError(
             f"edit of {info.name} overflows its stored dtype {info.dtype}",
             "a value became NaN or Inf when it was rounded",
             "lower the step size (--set lr=...) or train fewer steps",
         )
-    return result
+    # -0.0 + 0.0 is +0.0: an entry whose value did not move keeps its bits, so that it counts as unchanged.
+    return np.where(after == before, raw, result)
 
 
 def tensor_edits(edits: Sequence[Edit]) -> list[TensorEdit]:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.compute.head import head_parameters, label_log_probabilities
+from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
-from llmsurgery.data.chat import Encoded, Encoder
+from llmsurgery.data.chat import CHUNK_TOKENS, Encoded, Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
 from llmsurgery.evaluate.config import EvaluationConfig
@@ -41,7 +41,7 @@ class TextReference:
     """The source model's distributions on the plain text, for `utility.kl` and `utility.ppl_ratio`."""
 
     hidden: list[torch.Tensor]
-    head: tuple[torch.Tensor, torch.Tensor | None]
+    head: Head
     perplexity: float
 
 
@@ -68,11 +68,13 @@ class EvaluationData:
         rows: Set name -> rows ("forget", "retain").
         encoded: Set name -> encoded rows.
         texts: Encoded plain texts.
+        skipped: Set name -> passages too short to be cut into prompt and answer.
     """
 
     rows: dict[str, list[Row]]
     encoded: dict[str, list[Encoded]]
     texts: list[Encoded]
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def available(self) -> set[str]:
@@ -81,7 +83,11 @@ class EvaluationData:
 
 
 def encode_data(
-    encoder: Encoder, sets: dict[str, list[Row]], texts: Sequence[Row], config: EvaluationConfig
+    encoder: Encoder,
+    sets: dict[str, list[Row]],
+    texts: Sequence[Row],
+    config: EvaluationConfig,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> EvaluationData:
     """Encode data sets for measuring.
 
@@ -90,23 +96,29 @@ def encode_data(
         sets: Set name -> rows; rows of plain text are cut into chunks.
         texts: Plain text rows; the first `text_rows` of enough length are used.
         config: Evaluation settings.
+        chunk_tokens: Longest chunk of plain text in a set, the same as in training.
 
     Raises:
         InputError: A row does not fit into the model, or no text is long enough.
     """
     rows: dict[str, list[Row]] = {}
     encoded: dict[str, list[Encoded]] = {}
+    skipped: dict[str, int] = {}
     for name, members in sets.items():
         rows[name], encoded[name] = [], []
         for row in members:
-            parts = encoder.encode_chunks(row, config.text_tokens) if row.kind == "text" else [encoder.encode(row)]
+            parts = encoder.encode_chunks(row, chunk_tokens) if row.kind == "text" else [encoder.encode(row)]
             rows[name] += [row] * len(parts)
             encoded[name] += parts
+            if not parts:
+                skipped[name] = skipped.get(name, 0) + 1
+        if not encoded[name]:
+            raise InputError(f"every passage of --{name} has fewer than four tokens", "nothing can be measured", "")
     chosen = (encoder.encode_text(row.answer, config.text_tokens) for row in texts)
     usable = list(islice((text for text in chosen if len(text.ids) > 8), config.text_rows))
     if texts and not usable:
         raise InputError("no text has more than 8 tokens", "perplexity needs longer passages", "give another --text")
-    return EvaluationData(rows, encoded, usable)
+    return EvaluationData(rows, encoded, usable, skipped)
 
 
 def bootstrap_interval(
@@ -150,8 +162,9 @@ def _ratio_figure(rows: Sequence[npt.NDArray[np.float64]], transform: bool = Fal
     sums, counts = [float(row.sum()) for row in rows], [len(row) for row in rows]
     value, interval = sum(sums) / sum(counts), bootstrap_interval(sums, counts)
     if transform:
-        value = float(np.exp(value))
-        interval = None if interval is None else (float(np.exp(interval[0])), float(np.exp(interval[1])))
+        with np.errstate(over="ignore"):
+            value = float(np.exp(value))
+            interval = None if interval is None else (float(np.exp(interval[0])), float(np.exp(interval[1])))
     return Figure(value, len(rows), interval)
 
 
@@ -205,9 +218,7 @@ def _generate(
     encoded = data.encoded[name][: config.generation_rows]
     longest = max(row.labels for row in encoded)
     prompts = [Encoded(row.ids[: row.answer_start], row.answer_start, False, row.where) for row in encoded]
-    new_tokens = max(
-        1, min(config.generation_tokens, 2 * longest, encoder.max_length - max(len(p.ids) for p in prompts))
-    )
+    new_tokens = min(config.generation_tokens, 2 * longest)
     answers = greedy_answers(model, encoder, prompts, new_tokens, config.batch_size, progress, f"answering {name}")
     references = [encoder.answer_text(row) for row in encoded]
     return answers, rouge_l_recall(references, answers)
@@ -224,12 +235,12 @@ def _measure_text(
     keep: bool,
 ) -> TextReference | None:
     hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
-    weight, bias = head_parameters(model)
+    head = read_head(model)
     losses = []
     with torch.inference_mode():
         for states, text in zip(hidden, texts, strict=True):
             labels = torch.tensor(text.ids[1:], device=states.device)
-            losses.append(-label_log_probabilities(states, weight, bias, labels).double().cpu().numpy())
+            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
     figures["utility.ppl"] = perplexity = _ratio_figure(losses, transform=True)
     if reference is not None:
         ratio = perplexity.value / reference.perplexity
@@ -241,5 +252,4 @@ def _measure_text(
     if not keep:
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
-    head = (weight.detach().clone(), None if bias is None else bias.detach().clone())
-    return TextReference(hidden, head, perplexity.value)
+    return TextReference(hidden, head.clone(), perplexity.value)

@@ -62,7 +62,8 @@ class Gate:
     relative: bool
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.operator}{self.threshold:g}{'x' if self.relative else ''}"
+        number = repr(self.threshold).removesuffix(".0")
+        return f"{self.metric}{self.operator}{number}{'x' if self.relative else ''}"
 
     def limit(self, before: float | None) -> float:
         """Return the absolute bound, given the value before."""
@@ -86,12 +87,13 @@ class GateOutcome:
     passed: bool
 
 
-def parse_gate(text: str, available: set[str]) -> Gate:
+def parse_gate(text: str, available: set[str], generate: bool = True) -> Gate:
     """Parse one gate.
 
     Args:
         text: For example `forget.token_prob<=0.15x`.
         available: Data that is given ("forget", "retain", "text").
+        generate: Whether answers are generated.
 
     Raises:
         UsageError: Not a gate, an unknown metric, or one that the given data cannot yield.
@@ -115,6 +117,8 @@ def parse_gate(text: str, available: set[str]) -> Gate:
         raise UsageError(
             f"{name} cannot be computed", f"it needs --{needs}, which is not given", f"give --{needs} or drop the gate"
         )
+    if name.endswith(".rouge_l") and not generate:
+        raise UsageError(f"{name} cannot be computed", "generation is switched off", "drop generate=false, or the gate")
     return Gate(name, operator, threshold, bool(relative))
 
 

@@ -29,7 +29,7 @@ def greedy_answers(
         model: A causal language model in eval mode.
         encoder: Knows the tokenizer and the end token.
         prompts: Rows up to their answer.
-        new_tokens: New tokens at most.
+        new_tokens: New tokens at most; fewer where a batch reaches the model's length first.
         batch_size: Prompts per batch, padded on the left.
         progress: Told of every batch.
         name: Name of the task in the progress display.
@@ -48,6 +48,7 @@ def greedy_answers(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             time = max(len(prompts[i].ids) for i in indices)
+            config.max_new_tokens = max(1, min(new_tokens, encoder.max_length - time))
             ids = torch.full((len(indices), time), encoder.pad_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(indices):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.compute.head import batch_log_probabilities, final_hidden, head_parameters, mean_kl
+from llmsurgery.compute.head import Head, batch_log_probabilities, final_hidden, mean_kl, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded
 from llmsurgery.data.collate import collate, length_buckets
@@ -89,7 +89,7 @@ def text_hidden(
 def text_kl(
     before: Sequence[torch.Tensor],
     after: Sequence[torch.Tensor],
-    before_head: tuple[torch.Tensor, torch.Tensor | None],
+    before_head: Head,
     model: PreTrainedModel,
 ) -> list[Scores]:
     """Return KL(source || model) per predicted position of every text, in nats.
@@ -97,9 +97,9 @@ def text_kl(
     Args:
         before: Hidden states of the source, from `text_hidden`.
         after: Hidden states of the model on the same texts.
-        before_head: The source's head weight and bias.
+        before_head: The source's head.
         model: The edited model.
     """
-    head = head_parameters(model)
+    head = read_head(model)
     pairs = zip(before, after, strict=True)
     return [mean_kl(first, second, before_head, head).double().cpu().numpy() for first, second in pairs]

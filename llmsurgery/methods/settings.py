@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -118,21 +119,28 @@ def convert(setting: Setting, value: object) -> object:
     from pydantic import TypeAdapter, ValidationError
 
     annotation: typing.Any = setting.annotation
+    given = value
     if typing.get_origin(annotation) is tuple and isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
+        # "all" is how an empty choice is printed.
+        listed = "" if value == "all" and not setting.default else value.strip("[]()")
+        value = [part.strip() for part in listed.split(",") if part.strip()]
+    elif typing.get_origin(annotation) is tuple and isinstance(value, int):
+        value = [value]
     if isinstance(annotation, types.UnionType) and value in ("none", "None", ""):
         value = None
     try:
         result: object = TypeAdapter[object](annotation).validate_python(value)
     except ValidationError as error:
         raise UsageError(
-            f"{setting.name}={value} does not fit", error.errors()[0]["msg"].lower(), f"{setting.name}: {setting.help}"
+            f"{setting.name}={given} does not fit", error.errors()[0]["msg"].lower(), f"{setting.name}: {setting.help}"
         ) from error
     if setting.choices and result not in setting.choices:
         raise unknown_name(f"value of {setting.name}", str(result), setting.choices)
     if isinstance(result, int | float) and not isinstance(result, bool):
         low, high = setting.minimum, setting.maximum
-        if result != result or (low is not None and result < low) or (high is not None and result > high):
+        if not math.isfinite(result):
+            raise UsageError(f"{setting.name}={value} is not a finite number", setting.help, "")
+        if (low is not None and result < low) or (high is not None and result > high):
             bounds = " and ".join(
                 part
                 for part in (

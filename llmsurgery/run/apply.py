@@ -24,7 +24,7 @@ from llmsurgery.edits.write import Sink, TensorChange
 from llmsurgery.errors import NoEffectError
 from llmsurgery.run.diff import roles_of
 from llmsurgery.run.forms import PATCH
-from llmsurgery.run.manifest import FORMAT, NAME, change_record, encode_manifest
+from llmsurgery.run.manifest import FORMAT, NAME, change_record, earlier_operations, encode_manifest
 from llmsurgery.run.record import CARD, Recorded, write_recorded
 
 WriteCard = Callable[[Mapping[str, object], str], str]
@@ -80,6 +80,7 @@ def _manifest(
         "out": str(out),
         "operations": [*(earlier if isinstance(earlier, list) else []), step],
         "data": {},
+        "history": earlier_operations(base.root),
         "export": "plain",
         "save": "full",
         "coverage": [asdict(row) for row in coverage(targets, recorded.changes)],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +15,13 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import Edit
-from llmsurgery.errors import DamagedError, GateError, NoEffectError, ResourceError
+from llmsurgery.errors import DamagedError, GateError, NoEffectError
 from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
 from llmsurgery.run.forms import Written, check_form, open_publication, write_form
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.plan import plan
-from llmsurgery.run.prepare import Prepared, prepare, stored_dtype
+from llmsurgery.run.prepare import Prepared, prepare, report_path
 from llmsurgery.run.request import Request
 
 if TYPE_CHECKING:
@@ -123,6 +122,8 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
         publication.write_file("README.md", card.encode())
         publication.write_file(NAME, encode_manifest(manifest))
         publication.publish()
+    # A report of an earlier failure would contradict the result that now stands beside it.
+    report_path(prepared.out).unlink(missing_ok=True)
     return Outcome(manifest, prepared.out, _examples(prepared, before, after))
 
 
@@ -142,16 +143,15 @@ class Notices:
 
 def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Edit], dict[str, object]]:
     """Load the source, measure it, run the method; the model is dropped on return."""
-    from llmsurgery.compute.device import resolve_device, resolve_dtype, set_seeds
-    from llmsurgery.compute.load import load_model
+    from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import measure
 
     request = prepared.request
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(prepared.checkpoint), device)
+    for name, count in prepared.measured.skipped.items():
+        notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")
     set_seeds(request.seed)
     with memory_errors():
-        model = load_model(prepared.checkpoint.root, dtype, device, request.trust_remote_code)
+        model = _load(prepared, prepared.checkpoint.root)
         before = measure(model, prepared.encoder, prepared.measured, prepared.evaluation, notices, keep_reference=True)
         set_seeds(request.seed)
         operation = Operation(
@@ -167,9 +167,16 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)
-    if prepared.until is not None and record.get("stopped") == "max_steps":
+    if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     return before, list(result.edits), record
+
+
+def _load(prepared: Prepared, path: Path) -> PreTrainedModel:
+    from llmsurgery.compute.load import load_model
+
+    trust = prepared.request.trust_remote_code
+    return load_model(path, prepared.dtype, prepared.device, trust, prepared.structure.family.buffers)
 
 
 def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floating]]:
@@ -191,41 +198,44 @@ def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) 
     if rule is None:
         return None
     metric = rule.metric
-    baseline = before.figures[metric].value
     encoded = prepared.measured.encoded["forget"][:STOP_ROWS]
     batch_size, pad_id = prepared.evaluation.batch_size, prepared.encoder.pad_id
+
+    def score(autocast: torch.dtype | None) -> float:
+        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        if metric == "forget.prob":
+            values = [answer_probability(row) for row in scores]
+        else:
+            values = [token_probability(row, given) for row, given in zip(scores, encoded, strict=True)]
+        return sum(values) / len(values)
+
+    # The bound `0.2x` is relative to the same rows that are watched.
+    watched_all = len(encoded) == len(prepared.measured.encoded["forget"])
+    baseline = before.figures[metric].value if watched_all else score(None)
 
     def reached(autocast: torch.dtype | None) -> bool:
         training = model.training
         model.eval()
-        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        value = score(autocast)
         model.train(training)
-        if metric == "forget.prob":
-            values = [answer_probability(score) for score in scores]
-        else:
-            values = [token_probability(score, row) for score, row in zip(scores, encoded, strict=True)]
-        return rule.holds(sum(values) / len(values), baseline)
+        return rule.holds(value, baseline)
 
     return reached
 
 
 def _measure_result(prepared: Prepared, result: Written, before: Measurement, notices: Notices) -> Measurement:
     """Reload what was written with stock transformers and peft and measure that, not the live training object."""
-    from llmsurgery.compute.device import resolve_device, resolve_dtype
-    from llmsurgery.compute.load import load_model
+    from llmsurgery.compute.device import memory_errors
     from llmsurgery.evaluate.figures import measure
 
-    request = prepared.request
     path = prepared.checkpoint.root if result.adapter else result.path
     written = Checkpoint.open(path)
     if written.tensors.keys() != prepared.checkpoint.tensors.keys():
         raise DamagedError(
             "the written checkpoint has other tensors than its source", "it was changed while written", ""
         )
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, stored_dtype(written), device)
     with memory_errors():
-        model = load_model(path, dtype, device, request.trust_remote_code)
+        model = _load(prepared, path)
         if result.adapter:
             from llmsurgery.train.adapter import attach_adapter
 
@@ -233,29 +243,6 @@ def _measure_result(prepared: Prepared, result: Written, before: Measurement, no
         return measure(
             model, prepared.encoder, prepared.measured, prepared.evaluation, notices, reference=before.reference
         )
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn running out of memory into the error that has its exit code.
-
-    Raises:
-        ResourceError: In place of any out-of-memory error.
-    """
-    import torch
-
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        message = str(error)
-        # On the CPU torch raises a plain RuntimeError.
-        if type(error) is RuntimeError and "can't allocate memory" not in message:
-            raise
-        raise ResourceError(
-            "out of memory",
-            message.splitlines()[0][:200] if message else "an allocation failed",
-            "lower --batch-size or --set max_length=..., or use --set gradient_checkpointing=true",
-        ) from error
 
 
 def _values(measurement: Measurement) -> dict[str, float]:
@@ -288,18 +275,20 @@ def _cost(started: float, bytes_written: int, written: Written) -> dict[str, obj
 def _gate_error(
     failed: list[GateOutcome], manifest: dict[str, object], out: Path, publication: Publication
 ) -> GateError:
-    report = out.with_name(out.name + ".report.json")
+    report = report_path(out)
     temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
     temporary.write_bytes(encode_manifest(manifest))
     temporary.replace(report)
     first = failed[0]
     kept = f"; the checkpoint is kept in {publication.path}" if publication.keep else ""
-    return GateError(
+    error = GateError(
         f"gate {first.gate} failed: {first.value:.4g} against {first.limit:.4g}"
         + (f", and {len(failed) - 1} more" if len(failed) > 1 else ""),
         f"the checkpoint was not published; the report is {report}{kept}",
         "change the strength of the operation, or the gate",
     )
+    error.report = manifest
+    return error
 
 
 def _examples(prepared: Prepared, before: Measurement, after: Measurement, count: int = 3) -> tuple[Example, ...]:

@@ -12,7 +12,7 @@ from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import compare_files
 from llmsurgery.edits.kinds import LowRank, TensorEdit
 from llmsurgery.edits.write import Sink, TensorChange, write_edits
-from llmsurgery.errors import UsageError, unknown_name
+from llmsurgery.errors import UnsupportedError, UsageError, unknown_name
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import CARD, Recorded, keep_factors, low_rank_factors, write_recorded
@@ -54,6 +54,14 @@ def check_form(prepared: Prepared) -> None:
             "only a run that trains LoRA adapters (train=lora) ends in one",
             "use --save patch for a small file, or --save full",
         )
+    if save == "adapter" and prepared.structure.experts:
+        dense = [target for target in prepared.targets if target.module.endswith(("gate_proj", "up_proj", "down_proj"))]
+        if dense:
+            raise UnsupportedError(
+                f"an adapter on {dense[0].module} cannot be saved",
+                "stock peft takes such names in a mixture-of-experts model for all experts when it loads an adapter",
+                "use --save patch, or put the adapters on attention only (--set roles=attn.q,attn.o)",
+            )
 
 
 def adapter_training(prepared: Prepared) -> TrainingConfig | None:

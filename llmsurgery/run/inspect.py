@@ -18,8 +18,8 @@ def inspect_model(model: str) -> dict[str, object]:
         model: Checkpoint directory, `.gguf` file or hub id.
 
     Returns:
-        JSON values: family, layers, parameters, roles, shards, tied roles, tensors without a role, and for each
-        method how many tensors it would touch with its defaults.
+        JSON values: family, layers, experts, parameters, roles, shards, tied roles, tensors without a role, and for
+        each method how many tensors it would touch with its defaults.
     """
     checkpoint = Checkpoint.open(resolve_source(model))
     structure = detect(checkpoint.config, checkpoint.tensors)
@@ -53,6 +53,7 @@ def inspect_model(model: str) -> dict[str, object]:
         "model_type": checkpoint.config.get("model_type"),
         "family": structure.family.name,
         "layers": structure.layers,
+        "experts": structure.experts,
         "parameters": sum(info.size for info in checkpoint.tensors.values()),
         "bytes": checkpoint.nbytes,
         "stored_dtype": stored_dtype(checkpoint),

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery import __version__
@@ -67,8 +68,8 @@ def build_manifest(
                 "settings": as_record(prepared.config),
                 "evaluation": as_record(prepared.evaluation),
                 "seed": request.seed,
-                "device": request.device,
-                "dtype": request.dtype,
+                "device": str(prepared.device),
+                "dtype": str(prepared.dtype).removeprefix("torch."),
                 "batch_size": request.batch_size,
                 "until": None if prepared.until is None else str(prepared.until),
                 "require": [str(gate) for gate in prepared.gates],
@@ -76,19 +77,31 @@ def build_manifest(
             }
         ],
         "data": {
-            name: {"path": str(path), "sha256": file_digest(path), "rows": len(prepared.rows[name])}
+            name: {"path": str(path), "sha256": prepared.hashes[name], "rows": len(prepared.rows[name])}
             for name, path in prepared.files.items()
         },
+        "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.method.spec.export,
         "save": request.save,
         "coverage": [dataclasses.asdict(row) for row in covered],
         "tensors": {change.name: change_record(change) for change in recorded.changes},
         "files": recorded.files,
         "metrics": metrics,
-        "gates": [dataclasses.asdict(outcome) for outcome in gates],
+        "gates": [gate_record(outcome) for outcome in gates],
         "notices": list(notices),
         "cost": cost,
     }
+
+
+def earlier_operations(source: Path) -> list[object]:
+    """Return the operations that made the source what it is, oldest first; empty for a model never operated on."""
+    try:
+        manifest = json.loads((source / NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return []
+    return [*manifest.get("history", []), *manifest.get("operations", [])]
 
 
 def change_record(change: TensorChange) -> dict[str, object]:
@@ -119,6 +132,14 @@ def figure_record(figure: Figure) -> dict[str, object]:
         "n": figure.n,
         "interval": list(interval) if interval and all(map(math.isfinite, interval)) else None,
     }
+
+
+def gate_record(outcome: GateOutcome) -> dict[str, object]:
+    """Return a gate's outcome as JSON values; a number that is not finite becomes null."""
+    record: dict[str, object] = dataclasses.asdict(outcome)
+    for name in ("limit", "value"):
+        record[name] = record[name] if math.isfinite(getattr(outcome, name)) else None
+    return record
 
 
 def encode_manifest(manifest: dict[str, object]) -> bytes:

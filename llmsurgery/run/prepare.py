@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure
-from llmsurgery.checkpoint import FLOAT, Checkpoint
+from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.records import Row, read_rows
 from llmsurgery.demo import world_path
-from llmsurgery.errors import UnsupportedError, UsageError
+from llmsurgery.errors import InputError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.evaluate.gates import Gate, parse_gate
 from llmsurgery.methods.base import Method
@@ -26,6 +26,8 @@ from llmsurgery.run.request import Request
 from llmsurgery.train.config import TrainingConfig, suitable_lr
 
 if TYPE_CHECKING:
+    import torch
+
     from llmsurgery.data.chat import Encoder
     from llmsurgery.evaluate.figures import EvaluationData
 
@@ -52,6 +54,9 @@ class Prepared:
         gates: Parsed gates.
         until: Parsed stop rule.
         out: Where the result goes.
+        device: Resolved device.
+        dtype: Resolved compute dtype.
+        hashes: Data name -> SHA-256 of the file that was read.
     """
 
     request: Request
@@ -69,6 +74,9 @@ class Prepared:
     gates: list[Gate]
     until: Gate | None
     out: Path
+    device: torch.device
+    dtype: torch.dtype
+    hashes: Mapping[str, str]
 
 
 def prepare(request: Request) -> Prepared:
@@ -80,18 +88,21 @@ def prepare(request: Request) -> Prepared:
     Raises:
         SurgeryError: Whatever is wrong with it, before any long work.
     """
+    from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.source import resolve_source
 
     method = find_method(request.method, request.task)
     config, evaluation = split_settings(method, request)
     files = data_files(method, request)
     available = {name for name in DATA_NAMES if name in files}
-    gates = [parse_gate(text, available) for text in request.require]
+    gates = [parse_gate(text, available, evaluation.generate) for text in request.require]
     until = _stop_rule(method, request, available)
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
+    device = resolve_device(request.device)
     source = resolve_source(request.model if request.model is not None else world_path("model"))
     checkpoint = Checkpoint.open(source)
+    dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure)
     targets = method.plan(config, structure)
@@ -104,13 +115,16 @@ def prepare(request: Request) -> Prepared:
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force)
+        check_report(out, request.force)
     rows = {name: read_rows(path) for name, path in files.items()}
+    hashes = {name: file_digest(path) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
-    measured = encode_for_figures(encoder, rows, evaluation)
+    measured = encode_for_figures(encoder, rows, evaluation, config)
+    require_known_tokens(measured, structure)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out,
+        gates, until, out, device, dtype, hashes,
     )  # fmt: skip
 
 
@@ -201,12 +215,54 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
     return Encoder(load_tokenizer(checkpoint.root), min(known, default=2048))
 
 
-def encode_for_figures(encoder: Encoder, rows: Mapping[str, Sequence[Row]], config: EvaluationConfig) -> EvaluationData:
-    """Encode the data sets that figures are measured on."""
+def encode_for_figures(
+    encoder: Encoder, rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig, config: object = None
+) -> EvaluationData:
+    """Encode the data sets that figures are measured on; plain text is cut as the method's config cuts it."""
+    from llmsurgery.data.chat import CHUNK_TOKENS
     from llmsurgery.evaluate.figures import encode_data
 
+    training = getattr(config, "training", None)
+    chunk = min(CHUNK_TOKENS, training.max_length) if isinstance(training, TrainingConfig) else CHUNK_TOKENS
     sets = {name: list(rows[name]) for name in ("forget", "retain") if name in rows}
-    return encode_data(encoder, sets, list(rows.get("text", ())), config)
+    return encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
+
+
+def require_known_tokens(data: EvaluationData, structure: Structure) -> None:
+    """Refuse a tokenizer that has ids beyond the model's embedding.
+
+    Raises:
+        InputError: Names the id and the number of embeddings.
+    """
+    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
+    encoded = [*data.texts, *(row for rows in data.encoded.values() for row in rows)]
+    highest = max((max(row.ids) for row in encoded), default=0)
+    if highest >= embeddings:
+        raise InputError(
+            f"the tokenizer gives token id {highest}, the model has {embeddings} embeddings",
+            "tokenizer and weights are not from the same model",
+            "copy the right tokenizer beside the weights",
+        )
+
+
+def report_path(out: Path) -> Path:
+    """Return where the manifest of a failed gate is left."""
+    return out.with_name(out.name + ".report.json")
+
+
+def check_report(out: Path, force: bool) -> None:
+    """Refuse to replace a report that is there already.
+
+    Raises:
+        UsageError: There is one, and no --force.
+    """
+    report = report_path(out)
+    if not force and report.exists():
+        raise UsageError(
+            f"{str(report)!r} exists",
+            "it is where the report would go if a gate failed",
+            "remove it, choose another output with -o, or give --force",
+        )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

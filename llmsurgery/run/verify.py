@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsurgery.arch.detect import find_family
 from llmsurgery.checkpoint import Checkpoint, file_digest, require_finite, tensor_digest
 from llmsurgery.checkpoint.paths import inside_name
 from llmsurgery.checkpoint.strict_json import read_object
@@ -16,7 +17,7 @@ from llmsurgery.compute.source import resolve_source
 from llmsurgery.edits.patch import read_patch
 from llmsurgery.edits.undo import NAME as UNDO
 from llmsurgery.edits.undo import check_fit, read_undo
-from llmsurgery.errors import DamagedError, InputError
+from llmsurgery.errors import DamagedError, InputError, UnsupportedError
 from llmsurgery.run.forms import PATCH
 from llmsurgery.run.manifest import NAME
 
@@ -109,7 +110,11 @@ def _check_loads(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, o
 
     from llmsurgery.compute.load import check_loadable
 
-    name = check_loadable(checkpoint.root, trust_remote_code)
+    try:
+        buffers = find_family(checkpoint.config).buffers
+    except UnsupportedError:
+        buffers = ()
+    name = check_loadable(checkpoint.root, trust_remote_code, buffers)
     return _passed("loads", f"transformers {transformers.__version__} takes every stored tensor ({name})")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor, Structure
+from llmsurgery.errors import UsageError
 
 
 def option(
@@ -35,10 +39,13 @@ class TrainingConfig:
 
     train: str = option("lora", "what moves: adapters, or the weights of `roles` themselves", ("lora", "full"))
     roles: tuple[str, ...] = option(
-        ("linear",), "roles that move; `linear`: every matrix of a block, `all`: every weight"
+        ("linear",), "roles that move; `linear`: every matrix of a block but routed experts, `all`: every weight"
     )
     layers: tuple[int, ...] = option((), "layers that move; empty: all")
-    rank: int = option(8, "rank of the adapters", minimum=1)
+    experts: tuple[int, ...] = option(
+        (), "numbers of the routed experts that move, where `roles` names them; empty: all"
+    )
+    rank: int = option(8, "rank of the adapters", minimum=1, maximum=65536)
     alpha: float = option(16.0, "scale of the adapters is alpha / rank", minimum=0)
     dropout: float = option(0.0, "dropout on the adapters' inputs", minimum=0, maximum=1)
     lr: float | None = option(None, "step size of AdamW; none: chosen by the model's width and `train`", minimum=0)
@@ -56,6 +63,22 @@ class TrainingConfig:
     )
 
 
+def trained_tensors(config: TrainingConfig, structure: Structure) -> list[RoleTensor]:
+    """Return the stored tensors that `roles`, `layers` and `experts` choose.
+
+    Args:
+        config: Training hyperparameters.
+        structure: The checkpoint's roles.
+
+    Raises:
+        UsageError: An unknown role, layer or expert, or adapters on what is not a matrix of a block.
+        NoEffectError: Nothing is chosen.
+    """
+    targets = structure.select(config.roles, config.layers or None, config.experts or None)
+    require_trainable_roles(targets, config)
+    return targets
+
+
 def suitable_lr(width: int, train: str) -> float:
     """Return a step size that suits a model of some width.
 
@@ -68,3 +91,17 @@ def suitable_lr(width: int, train: str) -> float:
     """
     lr = 1e-4 * max(1.0, 576 / width)
     return float(f"{lr if train == 'lora' else lr / 10:.2g}")
+
+
+def require_trainable_roles(targets: Sequence[RoleTensor], config: TrainingConfig) -> None:
+    """Refuse adapters on tensors that are not matrices of a block.
+
+    Raises:
+        UsageError: Names the role and the way out.
+    """
+    if config.train == "lora" and (other := sorted({t.role for t in targets} - set(LINEAR_ROLES))):
+        raise UsageError(
+            f"adapters cannot be put on {', '.join(other)}",
+            f"LoRA goes on the matrices of the blocks: {', '.join(LINEAR_ROLES)}",
+            "choose other roles, or train the weights themselves with --set train=full",
+        )

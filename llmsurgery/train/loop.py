@@ -61,7 +61,8 @@ def planned_steps(config: TrainingConfig, rows: int) -> int:
     """Return the number of optimizer steps at most."""
     if not config.epochs:
         return config.max_steps
-    steps = config.epochs * math.ceil(rows / min(config.batch_size, rows))
+    # Batches reach over the end of an epoch, so that every row is drawn equally often.
+    steps = math.ceil(config.epochs * rows / min(config.batch_size, rows))
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -123,7 +124,8 @@ def train(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             tick(note=f"loss {losses[-1]:.4f}")
-            if reached is not None and (step + 1) % check_every == 0 and reached(trainable.autocast):
+            due = (step + 1) % check_every == 0 or step + 1 == steps
+            if due and reached is not None and reached(trainable.autocast):
                 stopped = "until"
                 break
     return TrainingResult(

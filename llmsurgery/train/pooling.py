@@ -16,8 +16,9 @@ def row_sums(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tens
     Returns:
         Sums [count], fp32.
     """
-    zeros = torch.zeros(count, dtype=torch.float32, device=values.device)
-    return zeros.index_add(0, rows, values.float())
+    # A product with the membership matrix adds in one fixed order on every device; index_add does not on CUDA.
+    members = rows[None, :] == torch.arange(count, device=rows.device)[:, None]
+    return members.float() @ values.float()
 
 
 def row_means(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:

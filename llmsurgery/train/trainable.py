@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
-from llmsurgery.errors import UsageError
-from llmsurgery.train.config import TrainingConfig
+from llmsurgery.errors import SurgeryError
+from llmsurgery.train.config import TrainingConfig, require_trainable_roles
+from llmsurgery.train.experts import attach_experts
 
 ReadTensor = Callable[[str], npt.NDArray[np.floating]]
 """Reads a stored tensor as float32 (float64 if stored so)."""
@@ -38,20 +39,6 @@ class Trainable:
     autocast: torch.dtype | None
     edits: Callable[[], list[Edit]]
     reference: Callable[[], object] | None
-
-
-def require_trainable_roles(targets: Sequence[RoleTensor], config: TrainingConfig) -> None:
-    """Refuse adapters on tensors that are not matrices of a block.
-
-    Raises:
-        UsageError: Names the role and the way out.
-    """
-    if config.train == "lora" and (other := sorted({t.role for t in targets} - set(LINEAR_ROLES))):
-        raise UsageError(
-            f"adapters cannot be put on {', '.join(other)}",
-            f"LoRA goes on the matrices of the blocks: {', '.join(LINEAR_ROLES)}",
-            "choose other roles, or train the weights themselves with --set train=full",
-        )
 
 
 @contextmanager
@@ -96,10 +83,12 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
         fan_in_fan_out=any(target.transposed for target in targets),
         bias="none",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_model_type(model):
         # peft asks transformers for a property under its old name.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         peft_model = get_peft_model(model, settings)
+    if {name for name, module in model.named_modules() if hasattr(module, "lora_A")} != by_module.keys():
+        raise SurgeryError("peft put adapters on other modules than it was asked to")
     layers = {name: model.get_submodule(name) for name in by_module}
 
     def edits() -> list[Edit]:
@@ -117,18 +106,51 @@ def _lora(model: PreTrainedModel, targets: Sequence[RoleTensor], config: Trainin
     return Trainable(model, parameters, None, edits, peft_model.disable_adapter)
 
 
+@contextmanager
+def _without_model_type(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's type from peft, which for MoE types takes the names of dense matrices for those of experts.
+
+    It does so to load adapters made with transformers 4: a target that ends in gate_proj, up_proj or down_proj becomes
+    an adapter on all experts of all blocks. Our targets are module paths of the loaded model.
+    """
+    model_type = model.config.model_type
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        model.config.model_type = model_type
+
+
 def _full(model: PreTrainedModel, targets: Sequence[RoleTensor], read: ReadTensor) -> Trainable:
     compute = model.dtype
-    moving: dict[str, torch.nn.Parameter] = {}
+    # The stored values in fp32: training does not start from a rounded copy.
+    experts = {target: _stored(read, target) for target in targets if target.fused is not None}
+    moving = {target.stored: parameter for target, parameter in attach_experts(model, experts).items()}
+    wider = False
     for target in targets:
-        parameter = model.get_submodule(target.module).get_parameter(target.part)
-        # The stored values in fp32, in place, so that tied modules keep sharing one parameter.
-        parameter.data = torch.from_numpy(read(target.stored).astype(np.float32)).to(parameter.device)
-        parameter.requires_grad_(True)
-        moving[target.stored] = parameter
+        if target.fused is None:
+            parameter = model.get_submodule(target.module).get_parameter(target.part)
+            # In place, so that tied modules keep sharing one parameter.
+            parameter.data = _stored(read, target).to(parameter.device)
+            parameter.requires_grad_(True)
+            moving[target.stored] = parameter
+            wider = compute != torch.float32
+
+    def trained(target: RoleTensor) -> npt.NDArray[np.floating]:
+        values = moving[target.stored].detach().cpu().numpy()
+        if target.dtype != "F64":
+            return values.copy()
+        stored = read(target.stored)
+        # fp32 training adds its change to the wider stored values instead of rounding them.
+        return stored + (values.astype(np.float64) - stored.astype(np.float32))
 
     def edits() -> list[Edit]:
-        return [Replace(name, parameter.detach().cpu().numpy().copy()) for name, parameter in moving.items()]
+        return [Replace(target.stored, trained(target)) for target in targets]
 
-    autocast = None if compute == torch.float32 else compute
-    return Trainable(model, list(dict.fromkeys(moving.values())), autocast, edits, None)
+    parameters = list(dict.fromkeys(moving[target.stored] for target in targets))
+    # Experts are put together in the compute dtype and need no autocast.
+    return Trainable(model, parameters, compute if wider else None, edits, None)
+
+
+def _stored(read: ReadTensor, target: RoleTensor) -> torch.Tensor:
+    return torch.from_numpy(read(target.stored).astype(np.float32))

@@ -97,8 +97,13 @@ def test_failed_gate_leaves_a_report_and_no_checkpoint(
     assert not out.exists()
     assert not (tmp_path / "out.partial").exists()
     assert tree(model) == before
-    assert run(unlearn(model, data_files, out, "--keep-partial", "--require", "utility.ppl_ratio<=0.0001")) == 6
+    # The report is not replaced unasked; a success later takes it away.
+    gate = ["--require", "utility.ppl_ratio<=0.0001"]
+    assert run(unlearn(model, data_files, out, *gate)) == 2
+    assert run(unlearn(model, data_files, out, "--force", "--keep-partial", *gate)) == 6
     assert (tmp_path / "out.partial" / "model.safetensors").is_file()
+    assert run(unlearn(model, data_files, out, "--force", "-q")) == 0
+    assert not (tmp_path / "out.report.json").exists()
 
 
 def test_gates_that_hold_are_recorded(

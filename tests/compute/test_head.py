@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmsurgery.compute import head
-from llmsurgery.compute.head import batch_log_probabilities, label_log_probabilities, mean_kl
+from llmsurgery.compute.head import Head, batch_log_probabilities, label_log_probabilities, mean_kl
 
 POSITIONS, WIDTH, VOCABULARY = 23, 8, 31
 
@@ -33,7 +33,7 @@ def plain(tensors: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
 
 def chunked(tensors: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     hidden, weight, *bias = tensors
-    return label_log_probabilities(hidden, weight, bias[0] if bias else None, labels)
+    return label_log_probabilities(hidden, Head(weight, bias[0] if bias else None), labels)
 
 
 # One position a chunk, chunks that do not divide the positions, one chunk for all.
@@ -172,11 +172,11 @@ def test_kl_equals_a_plain_computation(rows: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * VOCABULARY)
     (before, *before_head), _, _ = inputs(with_bias=True)
     (after, weight), _, _ = inputs(with_bias=False, seed=1)
-    result = mean_kl(before, after, (before_head[0], before_head[1]), (weight, None))
+    result = mean_kl(before, after, Head(*before_head), Head(weight))
     p = torch.nn.functional.linear(before.double(), *(t.double() for t in before_head)).softmax(-1)
     q = torch.nn.functional.linear(after.double(), weight.double()).softmax(-1)
     expected = (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
     assert (result > 0).all()
-    same = (before_head[0], before_head[1])
+    same = Head(*before_head)
     assert torch.equal(mean_kl(before, before, same, same), torch.zeros(POSITIONS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,87 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, diff, revert, unlearn
+from llmsurgery import apply, diff, revert, unlearn, verify
+from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
+from llmsurgery.compute.view import weight_view
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.methods.registry import all_methods
 from llmsurgery.run import forms
 
-from ..builders import BUILDERS
+from ..builders import BUILDERS, MOE_BUILDERS
+from ..conftest import write_data_files
 
 METHODS = [method.spec.name for method in all_methods()]
+# Every check below reads the same few runs of a method on a checkpoint; each is made once, when first asked for.
+SETTINGS: dict[str, dict[str, object]] = {
+    "lora": {"train": "lora", "roles": "linear"},
+    "full": {"train": "full", "roles": "all"},
+    "again": {"train": "lora", "roles": "linear"},
+    "other seed": {"train": "lora", "roles": "linear"},
+    "one tensor": {"roles": "attn.o", "layers": "1"},
+    "one expert": {
+        "train": "full",
+        "roles": "expert.gate,expert.up,expert.down,router",
+        "layers": "1",
+        "experts": "2",
+    },
+}
 FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
 
 
-def run(checkpoint: Path, method: str, out: Path, data: dict[str, Path], **settings: object) -> dict[str, Any]:
-    outcome = unlearn(checkpoint, method=method, out=out, until="none", settings={**FAST, **settings}, **data)
-    return dict(outcome.manifest)
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its source and result, its manifest and the edits that were handed to the writer."""
+
+    source: Path
+    out: Path
+    manifest: dict[str, Any]
+    edits: list[Edit]
+
+
+class Runs:
+    """Makes and keeps runs; the sources must not change."""
+
+    def __init__(self, checkpoints: dict[str, Path], data: dict[str, Path], root: Path) -> None:
+        self.checkpoints, self.data, self.root = checkpoints, data, root
+        self.made: dict[tuple[str, str, str], Run] = {}
+        self.sources: dict[str, dict[str, str]] = {}
+
+    def get(self, method: str, architecture: str, name: str) -> Run:
+        key = method, architecture, name
+        if key not in self.made:
+            self.sources.setdefault(architecture, tree(self.checkpoints[architecture]))
+            self.made[key] = self._make(*key)
+        return self.made[key]
+
+    def _make(self, method: str, architecture: str, name: str) -> Run:
+        out = self.root / f"{method}-{architecture}-{name.replace(' ', '-')}"
+        kept: list[Edit] = []
+        original = forms.write_edits
+
+        def record(checkpoint: Any, publication: Any, edits: Any, *more: Any) -> Any:
+            kept.extend(edits)
+            return original(checkpoint, publication, edits, *more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forms, "write_edits", record)
+            outcome = unlearn(
+                self.checkpoints[architecture],
+                method=method,
+                out=out,
+                seed=1 if name == "other seed" else 0,
+                until="none",
+                settings={**FAST, **SETTINGS[name]},
+                **self.data,
+            )
+        return Run(self.checkpoints[architecture], out, dict(outcome.manifest), kept)
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("conformance")
+    return Runs(checkpoints, write_data_files(root), root)
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -71,38 +138,35 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", BUILDERS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_method_writes_exactly_its_edits(
-    method: str,
-    architecture: str,
-    train: str,
-    checkpoints: dict[str, Path],
-    data_files: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_patch_leads_there_and_revert_leads_back(
+    method: str, architecture: str, train: str, runs: Runs, tmp_path: Path
 ) -> None:
-    source = checkpoints[architecture]
-    before = tree(source)
-    kept: list[Edit] = []
-    original = forms.write_edits
+    run = runs.get(method, architecture, train)
+    diff(run.source, run.out, out=tmp_path / "patch")
+    manifest = apply(tmp_path / "patch", run.source, out=tmp_path / "applied")
+    assert checkpoint_files(tmp_path / "applied") == checkpoint_files(run.out)
+    changed = {name for name, row in run.manifest["tensors"].items() if row["sha256_before"] != row["sha256_after"]}
+    assert manifest["tensors"] == {name: run.manifest["tensors"][name] for name in changed}
+    revert(run.out, out=tmp_path / "reverted")
+    assert tree(tmp_path / "reverted") == runs.sources[architecture]
+    assert verify(run.out, base=run.source)["save"] == "full"
 
-    def record(checkpoint: Any, publication: Any, edits: Any, *more: Any) -> Any:
-        kept.extend(edits)
-        return original(checkpoint, publication, edits, *more)
 
-    monkeypatch.setattr(forms, "write_edits", record)
-    manifest = run(
-        source, method, tmp_path / "out", data_files, train=train, roles="linear" if train == "lora" else "all"
-    )
-
-    assert tree(source) == before, "the source changed"
+@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_method_writes_exactly_its_edits(method: str, architecture: str, train: str, runs: Runs) -> None:
+    run = runs.get(method, architecture, train)
+    assert tree(run.source) == runs.sources[architecture], "the source changed"
     # Coverage: every planned tensor was edited, and something moved.
-    assert all(row["targeted"] == row["matched"] for row in manifest["coverage"])
-    assert sum(row["changed"] for row in manifest["coverage"]) > 0
+    assert all(row["targeted"] == row["matched"] for row in run.manifest["coverage"])
+    assert sum(row["changed"] for row in run.manifest["coverage"]) > 0
     # Exact bytes: base plus edit, rounded once; everything else untouched.
-    old, new = stored(source), stored(tmp_path / "out")
+    old, new = stored(run.source), stored(run.out)
     assert list(old) == list(new)
-    edits = {edit.name: edit for edit in kept}
-    assert set(edits) == set(manifest["tensors"])
+    edits = {edit.name: edit for edit in run.edits}
+    assert len(edits) == len(run.edits)
+    assert set(edits) == set(run.manifest["tensors"])
     for name, tensor in old.items():
         edit = edits.get(name)
         if isinstance(edit, LowRank):
@@ -114,90 +178,91 @@ def test_method_writes_exactly_its_edits(
         assert new[name].dtype == tensor.dtype
         assert torch.equal(new[name], expected), name
     # Hashes in the manifest are those of the bytes on disk.
-    written = Checkpoint.open(tmp_path / "out")
-    for name, row in manifest["tensors"].items():
+    written = Checkpoint.open(run.out)
+    for name, row in run.manifest["tensors"].items():
         assert hashlib.sha256(written.read(name).tobytes()).hexdigest() == row["sha256_after"]
-    # A patch leads to the same bytes, and undo data lead back to the source's.
-    diff(source, tmp_path / "out", out=tmp_path / "patch")
-    apply(tmp_path / "patch", source, out=tmp_path / "applied")
-    revert(tmp_path / "out", out=tmp_path / "reverted")
-    assert checkpoint_files(tmp_path / "applied") == checkpoint_files(tmp_path / "out")
-    assert tree(tmp_path / "reverted") == before
     # Side files are carried over as they were.
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+        assert (run.out / name).read_bytes() == (run.source / name).read_bytes()
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("train", ["lora", "full"])
 def test_result_reloads_with_the_logits_of_base_plus_edits(
-    method: str, architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
+    method: str, architecture: str, train: str, runs: Runs
 ) -> None:
-    source = checkpoints[architecture]
-    run(source, method, tmp_path / "out", data_files)
-    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    state = reference.state_dict()
-    written = Checkpoint.open(tmp_path / "out")
-    for name in written.tensors:
-        key = name if name in state else f"transformer.{name}"
-        state[key].copy_(torch.from_numpy(decode(written.read(name), written.info(name).dtype)))
-    reloaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    run = runs.get(method, architecture, train)
+    reference = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32)
+    written = Checkpoint.open(run.out)
     ids = torch.arange(1, 25)[None]
     with torch.inference_mode():
-        assert torch.equal(reloaded(input_ids=ids).logits, reference(input_ids=ids).logits)
-        source_logits = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits
-        assert not torch.equal(reloaded(input_ids=ids).logits, source_logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        source_logits = reference(input_ids=ids).logits
+        for target in detect(written.config, written.tensors).tensors:
+            values = torch.from_numpy(decode(written.read(target.stored), target.dtype))
+            weight_view(reference, target).copy_(values)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.inference_mode():
+        logits = reloaded(input_ids=ids).logits
+        assert torch.equal(logits, reference(input_ids=ids).logits)
+        assert not torch.equal(logits, source_logits)
+    assert AutoTokenizer.from_pretrained(run.out).chat_template
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_one_seed_gives_one_result(
-    method: str, architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
-) -> None:
-    source = checkpoints[architecture]
-    manifests = [run(source, method, tmp_path / name, data_files) for name in ("one", "two")]
-    trees = [tree(tmp_path / name) for name in ("one", "two")]
+def test_one_seed_gives_one_result(method: str, architecture: str, runs: Runs) -> None:
+    one, two = (runs.get(method, architecture, name) for name in ("lora", "again"))
+    trees = [tree(run.out) for run in (one, two)]
     for files in trees:
         del files["surgery.json"]
     assert trees[0] == trees[1]
-    for manifest in manifests:
-        del manifest["cost"], manifest["out"]
+    varying = {"cost", "out"}
+    manifests = [{key: value for key, value in run.manifest.items() if key not in varying} for run in (one, two)]
     assert json.dumps(manifests[0]) == json.dumps(manifests[1])
-    other = unlearn(source, method=method, out=tmp_path / "three", seed=1, until="none", settings=FAST, **data_files)
-    assert other.manifest["tensors"] != manifests[0]["tensors"]
+    assert runs.get(method, architecture, "other seed").manifest["tensors"] != one.manifest["tensors"]
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_dry_run_plans_what_the_run_does(
-    method: str, architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
-) -> None:
-    source = checkpoints[architecture]
-    outcome = unlearn(source, method=method, out=tmp_path / "out", dry_run=True, **data_files)
+def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: Runs, tmp_path: Path) -> None:
+    run = runs.get(method, architecture, "lora")
+    outcome = unlearn(run.source, method=method, out=tmp_path / "out", dry_run=True, **runs.data)
     assert outcome.out is None
     assert not (tmp_path / "out").exists()
-    manifest = run(source, method, tmp_path / "out", data_files)
     targets: Any = outcome.manifest["targets"]
-    assert {row["role"]: row["targeted"] for row in manifest["coverage"]} == {
+    assert {row["role"]: row["targeted"] for row in run.manifest["coverage"]} == {
         role: row["tensors"] for role, row in targets.items()
     }
-    sizes = [Checkpoint.open(source).info(name).nbytes for name in manifest["tensors"]]
+    sizes = [Checkpoint.open(run.source).info(name).nbytes for name in run.manifest["tensors"]]
     assert outcome.manifest["bytes_to_rewrite"] == sum(sizes)
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_training_leaves_untargeted_roles_alone(
-    method: str, architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
-) -> None:
-    source = checkpoints[architecture]
-    manifest = run(source, method, tmp_path / "out", data_files, roles="mlp.down", layers="1")
-    old, new = stored(source), stored(tmp_path / "out")
+def test_training_leaves_untargeted_roles_alone(method: str, architecture: str, runs: Runs) -> None:
+    run = runs.get(method, architecture, "one tensor")
+    old, new = stored(run.source), stored(run.out)
     changed = [name for name in old if not torch.equal(old[name], new[name])]
-    assert changed == list(manifest["tensors"])
+    assert changed == list(run.manifest["tensors"])
     assert len(changed) == 1
+
+
+@pytest.mark.parametrize("architecture", MOE_BUILDERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_expert_and_its_router_are_edited_as_stored(method: str, architecture: str, runs: Runs) -> None:
+    run = runs.get(method, architecture, "one expert")
+    checkpoint = Checkpoint.open(run.source)
+    planned = {
+        tensor.stored
+        for tensor in detect(checkpoint.config, checkpoint.tensors).tensors
+        if tensor.layer == 1 and (tensor.expert == 2 or tensor.label == "router")
+    }
+    assert len(planned) == 4
+    assert set(run.manifest["tensors"]) == planned
+    old, new = stored(run.source), stored(run.out)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert changed <= planned

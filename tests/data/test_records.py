@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmsurgery.data.records import Message, Row, read_lines, read_rows
-from llmsurgery.errors import InputError, SurgeryError, UnsupportedError
+from llmsurgery.errors import InputError, SurgeryError
 
 TOFU = {
     "question": "Who keeps the bees?",
@@ -208,7 +208,7 @@ def test_missing_file_and_unknown_ending(tmp_path: Path) -> None:
         read_rows(tmp_path / "none.jsonl")
     with pytest.raises(SurgeryError, match=r"unknown ending '\.xlsx'") as caught:
         read_rows(write(tmp_path / "a.xlsx", b"PK"))
-    assert isinstance(caught.value, UnsupportedError)
+    assert caught.value.exit_code == 3
     assert ".jsonl" in caught.value.why
 
 

@@ -112,7 +112,7 @@ def test_model_against_itself(architecture: str, checkpoints: dict[str, Path]) -
 
 
 def test_reference_survives_a_change_of_the_model_in_place(checkpoints: dict[str, Path]) -> None:
-    model, encoder = load(checkpoints["tied_llama"])
+    model, encoder = load(checkpoints["sharded_llama"])
     data = encode_data(encoder, {}, TEXTS, CONFIG)
     reference = measured(model, encoder, data).reference
     with torch.no_grad():
@@ -152,7 +152,9 @@ def test_text_settings_are_respected(checkpoints: dict[str, Path]) -> None:
     assert len(encode_data(encoder, {}, TEXTS, EvaluationConfig(text_rows=3)).texts) == 3
     two = encode_data(encoder, {}, TEXTS[2:] + TEXTS[:2], EvaluationConfig(text_rows=1, text_tokens=12)).texts
     assert [encoder.tokenizer.decode(text.ids) for text in two] == ["Nobody remem"]
-    data = encode_data(encoder, {"forget": [TEXTS[0], FORGET[0]]}, TEXTS, EvaluationConfig(text_tokens=20))
+    sets = {"forget": [TEXTS[0], FORGET[0], Row("text", "", "***")]}
+    data = encode_data(encoder, sets, TEXTS, EvaluationConfig(text_tokens=20), chunk_tokens=20)
+    assert data.skipped == {"forget": 1}
     # A forget row of plain text becomes chunks; every chunk keeps its row.
     assert [len(part.ids) for part in data.encoded["forget"][:-1]] == [20, 20, 8]
     assert data.rows["forget"] == [TEXTS[0]] * 3 + [FORGET[0]]

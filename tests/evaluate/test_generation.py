@@ -68,9 +68,9 @@ def test_generation_stops_at_the_end_of_the_turn_and_of_the_sequence(checkpoints
     prompt = encoder.encode_prompt(Row("qa", "Who?", "x"))
     text = [encoder.tokenizer.convert_tokens_to_ids(letter) for letter in "Tam"]
     newline = prompt.ids[-1]
+    # 257 ends the turn in the template; 256 plays the end of a sequence.
+    encoder.tokenizer.eos_token_id = 256
     for end in (257, 256):
-        # 257 ends the turn in the template; 256 plays the end of a sequence.
-        encoder.tokenizer.eos_token_id = end
         chain(model, [newline, *text, end])
         assert encoder.end_id == 257
         assert answers(model, encoder, [prompt]) == ["Tam"]

@@ -1,7 +1,7 @@
 """GPT-2: LayerNorm with bias, fused q/k/v, learned positions, and every block matrix stored [inputs, outputs].
 
-The published checkpoints store the blocks without the `transformer.` prefix that the module tree has, and always tie
-the head to the embedding, whether config.json says so or not.
+The published checkpoints store the blocks without the `transformer.` prefix that the module tree has, tie the head to
+the embedding without saying so in config.json, and may carry the causal masks of old releases as buffers.
 """
 
 from llmsurgery.arch.spec import Family
@@ -24,5 +24,6 @@ FAMILY = Family(
         "lm_head": "lm_head",
     },
     stored_prefixes=(("transformer.", "transformer."), ("transformer.", "")),
+    buffers=(".attn.bias", ".attn.masked_bias"),
     transposed=frozenset({"attn.qkv", "attn.o", "mlp.up", "mlp.down"}),
 )

@@ -35,6 +35,7 @@ float64 and rounded once. There is no retain term: neighbours of the forget set 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.registry import register
-from llmsurgery.train.config import TrainingConfig, option
+from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -182,16 +183,23 @@ class Flat:
 
     def plan(self, config: FlatConfig, structure: Structure) -> Sequence[RoleTensor]:
         """Return the tensors that training may move."""
-        return structure.select(config.training.roles, config.training.layers or None)
+        return trained_tensors(config.training, structure)
 
     def prepare(self, config: FlatConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> FlatData:
         """Encode the forget rows with their own and with every template answer."""
+        from llmsurgery.data.chat import CHUNK_TOKENS
+        from llmsurgery.data.records import Row
+        from llmsurgery.errors import InputError
+
         templates = load_templates(config.templates)
         limit = config.training.max_length
         forget: list[Encoded] = []
         origins: list[Row] = []
         for row in data["forget"]:
-            parts = encoder.encode_chunks(row, limit) if row.kind == "text" else [encoder.encode(row, None, limit)]
+            if row.kind == "text":
+                parts = encoder.encode_chunks(row, min(limit, CHUNK_TOKENS))
+            else:
+                parts = [encoder.encode(row, None, limit)]
             forget += parts
             origins += [row] * len(parts)
 
@@ -201,8 +209,11 @@ class Flat:
                 return encoder.replace_answer(forget[index], template, limit)
             return encoder.encode(origins[index], template, limit)
 
+        if not forget:
+            raise InputError("no forget row can be trained on", "every passage has fewer than four tokens", "")
+
         # The longest pair of all fails here rather than in the middle of training.
-        longest = max(templates, key=len)
+        longest = max(templates, key=lambda template: encoder.encode(Row("text", "", template)).labels)
         pair(max(range(len(forget)), key=lambda i: forget[i].answer_start), longest)
         return FlatData(forget, templates, pair)
 
@@ -244,6 +255,10 @@ class Flat:
                 "stopped": result.stopped,
                 "first_loss": result.first_loss,
                 "last_loss": result.last_loss,
+                "templates": {
+                    "count": len(prepared.templates),
+                    "sha256": hashlib.sha256("\n".join(prepared.templates).encode()).hexdigest(),
+                },
                 **{f"{name}_median": float(values.detach().median()) for name, values in last.items()},
             }
             return MethodResult(trainable.edits(), record)

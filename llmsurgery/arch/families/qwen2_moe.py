@@ -1,0 +1,62 @@
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with routed experts and a shared one, scaled by a gate of its own.
+
+The config makes some blocks dense (`mlp_only_layers`, `decoder_sparse_step`); those have `mlp` roles instead.
+`router.shared` is the one-row gate of the shared expert.
+"""
+
+from llmsurgery.arch.spec import Family, Fused
+
+FAMILY = Family(
+    name="qwen2_moe",
+    model_types=("qwen2_moe",),
+    layers_key="num_hidden_layers",
+    roles={
+        "embed": "model.embed_tokens",
+        "norm.attn": "model.layers.{layer}.input_layernorm",
+        "attn.q": "model.layers.{layer}.self_attn.q_proj",
+        "attn.k": "model.layers.{layer}.self_attn.k_proj",
+        "attn.v": "model.layers.{layer}.self_attn.v_proj",
+        "attn.o": "model.layers.{layer}.self_attn.o_proj",
+        "norm.mlp": "model.layers.{layer}.post_attention_layernorm",
+        "mlp.gate": "model.layers.{layer}.mlp.gate_proj",
+        "mlp.up": "model.layers.{layer}.mlp.up_proj",
+        "mlp.down": "model.layers.{layer}.mlp.down_proj",
+        "router": "model.layers.{layer}.mlp.gate",
+        "expert.gate": "model.layers.{layer}.mlp.experts",
+        "expert.up": "model.layers.{layer}.mlp.experts",
+        "expert.down": "model.layers.{layer}.mlp.experts",
+        "shared.gate": "model.layers.{layer}.mlp.shared_expert.gate_proj",
+        "shared.up": "model.layers.{layer}.mlp.shared_expert.up_proj",
+        "shared.down": "model.layers.{layer}.mlp.shared_expert.down_proj",
+        "router.shared": "model.layers.{layer}.mlp.shared_expert_gate",
+        "norm.final": "model.norm",
+        "lm_head": "lm_head",
+    },
+    stored={
+        "expert.gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+        "expert.up": "model.layers.{layer}.mlp.experts.{expert}.up_proj",
+        "expert.down": "model.layers.{layer}.mlp.experts.{expert}.down_proj",
+    },
+    fused={
+        "expert.gate": Fused("gate_up_proj", 0, 2),
+        "expert.up": Fused("gate_up_proj", 1, 2),
+        "expert.down": Fused("down_proj"),
+    },
+    experts_keys=("num_experts", "num_local_experts"),
+    choices=(
+        (
+            (
+                "router",
+                "expert.gate",
+                "expert.up",
+                "expert.down",
+                "shared.gate",
+                "shared.up",
+                "shared.down",
+                "router.shared",
+            ),
+            ("mlp.gate", "mlp.up", "mlp.down"),
+        ),
+    ),
+    stored_prefixes=(("model.", "model."), ("model.", "")),
+)
