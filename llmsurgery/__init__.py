@@ -9,17 +9,31 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmsurgery.api import evaluate_checkpoints, inspect_checkpoint, unlearn
+    from llmsurgery.api import apply, diff, evaluate_checkpoints, inspect_checkpoint, revert, unlearn, verify
     from llmsurgery.errors import SurgeryError
 
 __version__ = "0.1.0"
 
-__all__ = ["SurgeryError", "__version__", "evaluate_checkpoints", "inspect_checkpoint", "unlearn"]
+__all__ = [
+    "SurgeryError",
+    "__version__",
+    "apply",
+    "diff",
+    "evaluate_checkpoints",
+    "inspect_checkpoint",
+    "revert",
+    "unlearn",
+    "verify",
+]
 
 _HOMES = {
     "unlearn": "llmsurgery.api",
     "evaluate_checkpoints": "llmsurgery.api",
     "inspect_checkpoint": "llmsurgery.api",
+    "diff": "llmsurgery.api",
+    "apply": "llmsurgery.api",
+    "revert": "llmsurgery.api",
+    "verify": "llmsurgery.api",
     "SurgeryError": "llmsurgery.errors",
 }
 

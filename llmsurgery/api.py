@@ -62,6 +62,8 @@ def unlearn(
     until: str | None = None,
     link: bool = False,
     force: bool = False,
+    save: str = "full",
+    undo: bool = True,
     keep_partial: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -89,6 +91,8 @@ def unlearn(
         until: Stop rule; the method's own by default, "none" for no rule.
         link: Hard-link untouched files.
         force: Replace an existing output.
+        save: What is published: "full" checkpoint, "patch" file or peft "adapter" (LoRA runs).
+        undo: Keep the undo data that `revert` needs.
         keep_partial: Keep the unpublished checkpoint when a gate fails.
         trust_remote_code: Run model code that the checkpoint brings.
         progress: Told of long work and notices.
@@ -117,6 +121,8 @@ def unlearn(
         until=until,
         link=link,
         force=force,
+        save=save,
+        undo=undo,
         keep_partial=keep_partial,
         trust_remote_code=trust_remote_code,
     )
@@ -243,3 +249,120 @@ def inspect_checkpoint(model: File) -> dict[str, object]:
     from llmsurgery.run.inspect import inspect_model
 
     return inspect_model(fspath(model))
+
+
+def diff(
+    before: File, after: File, *, out: File | None = None, force: bool = False, progress: Progress | None = None
+) -> dict[str, object]:
+    """Compare two checkpoints, and optionally write the patch that leads from the first to the second.
+
+    Args:
+        before: Checkpoint directory, `.gguf` file or hub id.
+        after: The same.
+        out: Patch file to write.
+        force: Replace an existing patch file.
+        progress: Told of long work.
+
+    Returns:
+        Per role and per changed tensor: entries changed and relative norm; tensors that only one holds; side files
+        that differ; the patch's path and size.
+
+    Raises:
+        UnsupportedError: A patch is asked for, but tensor names, dtypes or shapes differ.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.run.diff import diff_checkpoints
+
+    place = None if out is None else fspath(out)
+    return diff_checkpoints(fspath(before), fspath(after), place, force, progress or Silent())
+
+
+def apply(
+    patch: File,
+    base: File,
+    *,
+    out: File,
+    link: bool = False,
+    force: bool = False,
+    undo: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Apply a patch to the base it was made for; the result has the bytes that the patch was made from.
+
+    Args:
+        patch: Patch file, or the directory of a `--save patch` run.
+        base: Checkpoint directory, `.gguf` file or hub id.
+        out: Output directory.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        undo: Keep the undo data that `revert` needs.
+        progress: Told of long work.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: The patch is for another base.
+        DamagedError: The patch is damaged.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.apply import apply_file
+
+    return apply_file(
+        fspath(patch), fspath(base), fspath(out), link, force, undo, progress or Silent(), write_card
+    )  # fmt: skip
+
+
+def revert(
+    result: File, *, out: File, link: bool = False, force: bool = False, progress: Progress | None = None
+) -> dict[str, object]:
+    """Give the source of a result back, bit for bit, from the undo data beside the result.
+
+    Args:
+        result: Output directory of an operation or of `apply`.
+        out: Directory for the source.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        progress: Told of long work.
+
+    Returns:
+        What was restored.
+
+    Raises:
+        InputError: There is nothing to revert.
+        DamagedError: The result was changed, or the undo data are damaged.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.run.apply import revert_result
+
+    return revert_result(fspath(result), fspath(out), link, force, progress or Silent())
+
+
+def verify(
+    path: File, *, base: File | None = None, trust_remote_code: bool = False, progress: Progress | None = None
+) -> dict[str, object]:
+    """Check a result: hashes, finite weights, stock loadability.
+
+    Args:
+        path: Checkpoint directory, with or without `surgery.json`, or the directory of a patch or adapter.
+        base: The model it was made from; everything that was not edited must be equal to it.
+        trust_remote_code: Run model code that the checkpoint brings.
+        progress: Told of long work.
+
+    Returns:
+        The checks, all of which passed.
+
+    Raises:
+        DamagedError: Something differs.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.run.verify import verify_result
+
+    return verify_result(
+        fspath(path), None if base is None else fspath(base), trust_remote_code, progress or Silent()
+    )  # fmt: skip

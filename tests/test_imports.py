@@ -62,7 +62,8 @@ def test_heavy_imports_stand_at_module_level_only_where_they_may(path: Path) -> 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["unlearn", "--help"], ["eval", "--help"], ["inspect", "--help"], ["methods"], ["methods", "flat"]],
+    [["--help"], ["unlearn", "--help"], ["eval", "--help"], ["inspect", "--help"], ["methods"], ["methods", "flat"]]
+    + [[command, "--help"] for command in ("diff", "apply", "revert", "verify")],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -75,7 +76,7 @@ def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_byte_layer_needs_no_torch() -> None:
-    modules = "llmsurgery.checkpoint, llmsurgery.edits.write, llmsurgery.arch.detect"
+    modules = ", ".join(f"llmsurgery.{name}" for name in ("edits.apply", "edits.build", "edits.revert", "arch.detect"))
     code = f"import sys, {modules}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -78,7 +78,7 @@ def carry_over(source: Checkpoint, inventory: Inventory, target: Path, link: boo
             result.bytes_copied += status[relative].st_size
     if copied_despite_link:
         result.notices.append(f"hard links are not possible here: {copied_despite_link} files were copied instead")
-    _check_sizes(source, target)
+    _check_sizes(source, inventory, target)
     return result
 
 
@@ -111,8 +111,10 @@ def _bytes_to_copy(
     return max(total, patched)
 
 
-def _check_sizes(source: Checkpoint, target: Path) -> None:
+def _check_sizes(source: Checkpoint, inventory: Inventory, target: Path) -> None:
     for relative, header in source.headers.items():
+        if relative not in inventory.files:
+            continue
         size = (target / relative).stat().st_size
         if size != header.file_size:
             raise DamagedError(

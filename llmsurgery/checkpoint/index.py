@@ -21,7 +21,7 @@ from llmsurgery.errors import DamagedError, InputError, nearest_names
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 _REFETCH = "fetch the checkpoint again"
 
 # Bits of the exponent by dtype: all of them set means NaN or infinity.

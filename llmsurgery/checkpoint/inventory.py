@@ -12,7 +12,7 @@ from llmsurgery.checkpoint.paths import real_path
 from llmsurgery.checkpoint.refuse import OTHER_SUFFIXES, PICKLE_SUFFIXES
 
 # Version control, caches and our own undo data describe the source, not the result.
-_PRIVATE_NAMES = frozenset({".git", ".cache", ".llmsurgery"})
+PRIVATE_NAMES = frozenset({".git", ".cache", ".llmsurgery"})
 _STALE_SUFFIXES = (*PICKLE_SUFFIXES, *OTHER_SUFFIXES, ".onnx_data")
 _STALE_INDEX = ".index.json"
 # Root-level names under which publishers keep a second copy of the same weights.
@@ -72,7 +72,7 @@ def _walk(folder: Path, real_root: Path, prefix: str, notices: list[str]) -> Ite
         entries = sorted(folder.iterdir())
     for path in entries:
         relative = prefix + path.name
-        if path.name in _PRIVATE_NAMES or path.name.endswith(".partial"):
+        if path.name in PRIVATE_NAMES or path.name.endswith(".partial"):
             continue
         if path.is_dir():
             real = real_path(path)

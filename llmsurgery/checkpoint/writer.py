@@ -49,6 +49,7 @@ class Publication:
         link: Hard-link files that are not rewritten, where blocks cannot be shared.
         force: Replace an existing output and the remains of an interrupted run.
         rewrite: Names of the tensors that will be patched.
+        carry: Start from a copy of the source; without it the output holds only what is written into it.
 
     Attributes:
         path: The directory under construction.
@@ -67,6 +68,7 @@ class Publication:
         link: bool = False,
         force: bool = False,
         rewrite: Collection[str] = (),
+        carry: bool = True,
     ) -> None:
         self.source = source
         # An output such as "." or "x/.." has no name to append to until it is resolved.
@@ -74,6 +76,7 @@ class Publication:
         self.path = partial_of(self.out)
         self.link = link
         self.force = force
+        self.carry = carry
         self.rewrite = frozenset(rewrite)
         for name in self.rewrite:
             source.info(name)  # an unknown name is refused before anything is built
@@ -94,6 +97,8 @@ class Publication:
         self._lock = make_partial(self.path, self.force)
         complete = False
         try:
+            if not self.carry:
+                inventory = Inventory({}, {}, [], [])
             self._carried = carry_over(self.source, inventory, self.path, self.link, self.rewrite)
             self.methods = self._carried.methods
             self.bytes_written = self._carried.bytes_copied
@@ -164,11 +169,12 @@ class Publication:
         return descriptor
 
     @contextmanager
-    def new_file(self, relative: str) -> Iterator[BinaryIO]:
+    def new_file(self, relative: str, mode: int | None = None) -> Iterator[BinaryIO]:
         """Open a new file of the output for writing; it replaces a cloned one when the block ends without error.
 
         Args:
             relative: Its name inside the output.
+            mode: Its permission bits; those of the source's file of that name, or the usual ones, by default.
 
         Raises:
             DamagedError: The name leads out of the output.
@@ -195,21 +201,45 @@ class Publication:
             os.close(descriptor)
         if self.methods.pop(name, None) == "link":
             self._carried.modes[name] = permission_bits(self.source.root / name)
+        if mode is not None:
+            self._carried.modes[name] = mode & 0o777
         self._replaced.add(name)
         self.bytes_written += size
 
-    def write_file(self, relative: str, content: bytes) -> None:
+    def remove_file(self, relative: str) -> None:
+        """Leave a cloned file out of the output.
+
+        Args:
+            relative: Its name inside the output.
+
+        Raises:
+            DamagedError: The name leads out of the output.
+            ResourceError: It cannot be removed.
+        """
+        self._require_open()
+        name = inside_name(relative, "an edit")
+        with writing(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
+            for folder in list((self.path / name).parents)[: name.count("/")]:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+        self.methods.pop(name, None)
+        self._carried.modes.pop(name, None)
+
+    def write_file(self, relative: str, content: bytes, mode: int | None = None) -> None:
         """Write a file of the output, replacing a cloned one.
 
         Args:
             relative: Its name inside the output.
             content: Its bytes.
+            mode: As for `new_file`.
 
         Raises:
             DamagedError: The name leads out of the output.
             ResourceError: The disk is full or the file cannot be written.
         """
-        with self.new_file(relative) as stream:
+        with self.new_file(relative, mode) as stream:
             stream.write(content)
 
     def publish(self) -> None:

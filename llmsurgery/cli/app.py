@@ -10,11 +10,15 @@ from typing import Annotated
 import typer
 
 from llmsurgery import __version__
+from llmsurgery.cli.apply import apply
+from llmsurgery.cli.diff import diff
 from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.revert import revert
 from llmsurgery.cli.unlearn import unlearn
+from llmsurgery.cli.verify import verify
 from llmsurgery.errors import ResourceError, SurgeryError, UsageError
 
 app = typer.Typer(
@@ -24,7 +28,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, command in (("unlearn", unlearn), ("eval", evaluate), ("inspect", inspect), ("methods", methods)):
+for name, command in (
+    ("unlearn", unlearn),
+    ("eval", evaluate),
+    ("inspect", inspect),
+    ("diff", diff),
+    ("apply", apply),
+    ("revert", revert),
+    ("verify", verify),
+    ("methods", methods),
+):
     app.command(name)(command)
 
 INTERRUPTED = 130

@@ -29,9 +29,25 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
     output.show(
         f"{cost['seconds']:.1f} s, peak memory {cost['rss_bytes'] / 2**20:,.0f} MiB, "
         f"{cost['bytes_written'] / 2**20:,.1f} MiB written",
-        f"checkpoint: {outcome.out}",
+        *_kept(cost, str(outcome.out)),
+        f"{_FORMS.get(manifest['save'], 'checkpoint')}: {outcome.out}",
     )
     output.essential(str(outcome.out))
+
+
+_FORMS = {"full": "checkpoint", "patch": "patch", "adapter": "adapter"}
+
+
+def _kept(cost: dict[str, Any], out: str) -> list[str]:
+    """Say how large the patch or the undo data are, and what they are for."""
+    lines = []
+    if cost.get("patch_bytes") is not None:
+        lines.append(f"patch: {cost['patch_bytes']:,} bytes; `llmsurgery apply {out} BASE -o OUT` makes the checkpoint")
+    if cost.get("undo_bytes") is not None:
+        lines.append(
+            f"undo data: {cost['undo_bytes']:,} bytes; `llmsurgery revert {out} -o BASE` gives the source back"
+        )
+    return lines
 
 
 def _show_plan(output: Output, plan: dict[str, Any]) -> None:

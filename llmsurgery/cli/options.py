@@ -63,6 +63,12 @@ Until = Annotated[
 ]
 Link = Annotated[bool, typer.Option("--link", help="hard-link untouched files instead of copying them")]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output")]
+Save = Annotated[
+    str, typer.Option("--save", help="what to publish: full checkpoint, patch file, or peft adapter (LoRA runs)")
+]
+NoUndo = Annotated[bool, typer.Option("--no-undo", help="leave out the undo data that `llmsurgery revert` needs")]
+NewOut = Annotated[str, typer.Option("-o", "--out", help="output directory")]
+PatchOut = Annotated[str | None, typer.Option("-o", "--out", help="write a patch that leads from A to B")]
 KeepPartial = Annotated[bool, typer.Option("--keep-partial", help="keep the checkpoint when a gate fails")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that the checkpoint brings")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]

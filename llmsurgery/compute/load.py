@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -77,13 +78,42 @@ def load_model(
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape, or hold NaN or Inf.
         UnsupportedError: transformers has no class for it.
     """
+    model = _from_pretrained(path, trust_remote_code, buffers, dtype=dtype)
+    model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    require_finite_model(model)
+    return model
+
+
+def check_loadable(path: Path, trust_remote_code: bool = False, buffers: tuple[str, ...] = ()) -> str:
+    """Check that stock transformers takes every stored tensor, on the meta device: nothing of the weights is read.
+
+    Args:
+        path: Checkpoint directory.
+        trust_remote_code: Run model code that the checkpoint brings.
+        buffers: As for `load_model`.
+
+    Returns:
+        The name of the model class.
+
+    Raises:
+        DamagedError: Stored tensors are missing, unexpected or of the wrong shape.
+        UnsupportedError: transformers has no class for it.
+    """
+    return type(_from_pretrained(path, trust_remote_code, buffers, device_map="meta")).__name__
+
+
+def _from_pretrained(
+    path: Path, trust_remote_code: bool, buffers: tuple[str, ...], **placement: object
+) -> PreTrainedModel:  # fmt: skip
     quiet_transformers()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=dtype,
+                **placement,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -119,11 +149,7 @@ def load_model(
                 "stock transformers would ignore them or fill them with random numbers",
                 "check that config.json and the weights belong together",
             )
-    model.to(device)
-    model.eval()
-    model.requires_grad_(False)
-    require_finite_model(model)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def require_finite_model(model: PreTrainedModel) -> None:

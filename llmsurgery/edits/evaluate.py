@@ -6,29 +6,39 @@ The writer and anything that later applies a patch call the same function, so th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsurgery.checkpoint import TensorInfo, decode, encode
-from llmsurgery.edits.kinds import Edit, LowRank, Replace, TensorEdit
+from llmsurgery.edits.kinds import Array, Edit, LowRank, Mask, Replace, Sparse, TensorEdit
 from llmsurgery.errors import DivergedError, SurgeryError
 
 
 def require_fit(edit: TensorEdit, info: TensorInfo) -> None:
-    """Check that an edit has the shape of its stored tensor and finite factors.
+    """Check that an edit has the shape of its stored tensor and finite values.
 
     Raises:
         SurgeryError: The shapes disagree: a method built a wrong edit, which is a bug.
-        DivergedError: A factor holds NaN or Inf.
+        DivergedError: A factor or value holds NaN or Inf.
     """
-    shape: tuple[int, ...]
+    arrays: list[Array] = []
     if isinstance(edit, LowRank):
         if edit.u.ndim != 2 or edit.v.ndim != 2:
             raise SurgeryError(f"edit of {edit.name}: low-rank factors must be matrices")
-        shape = (edit.u.shape[0], edit.v.shape[1])
+        shape: tuple[int, ...] = (edit.u.shape[0], edit.v.shape[1])
         fits = shape == info.shape and edit.u.shape[1] == edit.v.shape[0]
         arrays = [edit.u, edit.v]
+    elif isinstance(edit, Sparse):
+        shape = edit.indices.shape
+        ascending = bool((np.diff(edit.indices) > 0).all()) if edit.indices.ndim == 1 else False
+        inside = ascending and (not edit.indices.size or 0 <= edit.indices[0] <= edit.indices[-1] < info.size)
+        fits = bool(inside) and edit.values.shape == shape
+        arrays = [edit.values]
+    elif isinstance(edit, Mask):
+        shape = edit.keep.shape
+        fits = shape == info.shape and edit.keep.dtype == np.bool_
     else:
         shape = edit.values.shape
         fits = shape == info.shape
@@ -41,6 +51,38 @@ def require_fit(edit: TensorEdit, info: TensorInfo) -> None:
             "the method diverged before its result could be written",
             "lower the step size (--set lr=...) or train fewer steps",
         )
+
+
+def exact_rows(
+    edits: Sequence[TensorEdit], raw: npt.NDArray[np.generic], info: TensorInfo, start: int, stop: int
+) -> npt.NDArray[np.float64]:
+    """Return rows `start:stop` of an edited tensor in float64, before the one rounding.
+
+    Args:
+        edits: The edits of this tensor, applied in order.
+        raw: Rows `start:stop` as stored, [stop - start, ...].
+        info: The tensor's header entry.
+        start: First row.
+        stop: One past the last row.
+    """
+    values = decode(raw, info.dtype).astype(np.float64)
+    for edit in edits:
+        if isinstance(edit, LowRank):
+            values = values + edit.u[start:stop].astype(np.float64) @ edit.v.astype(np.float64)
+        elif isinstance(edit, Mask):
+            # A product would leave negative zeros behind.
+            values = np.where(_rows(edit.keep, start, stop), values, 0.0)
+        elif isinstance(edit, Sparse):
+            width = info.size // info.rows
+            first, last = np.searchsorted(edit.indices, [start * width, stop * width])
+            values.reshape(-1)[edit.indices[first:last] - start * width] = edit.values[first:last]
+        else:
+            values = _rows(edit.values, start, stop).astype(np.float64)
+    return values
+
+
+def _rows(array: npt.NDArray[Any], start: int, stop: int) -> npt.NDArray[Any]:
+    return array[start:stop] if array.ndim else array
 
 
 def evaluate_rows(
@@ -58,13 +100,23 @@ def evaluate_rows(
     Raises:
         DivergedError: The result does not fit the stored dtype (overflow).
     """
+    return round_rows(exact_rows(edits, raw, info, start, stop), raw, info)
+
+
+def round_rows(
+    values: npt.NDArray[np.float64], raw: npt.NDArray[np.generic], info: TensorInfo
+) -> npt.NDArray[np.generic]:  # fmt: skip
+    """Round rows once, to nearest even, to the stored dtype; an entry whose value stays keeps its bits.
+
+    Args:
+        values: The new values.
+        raw: The same rows as stored.
+        info: The tensor's header entry.
+
+    Raises:
+        DivergedError: A value does not fit the stored dtype (overflow).
+    """
     before = decode(raw, info.dtype)
-    values = before.astype(np.float64)
-    for edit in edits:
-        if isinstance(edit, LowRank):
-            values = values + edit.u[start:stop].astype(np.float64) @ edit.v.astype(np.float64)
-        elif isinstance(edit, Replace):
-            values = edit.values[start:stop].astype(np.float64)
     with np.errstate(over="ignore"):
         result = encode(values, info.dtype)
     after = decode(result, info.dtype)
@@ -87,7 +139,7 @@ def tensor_edits(edits: Sequence[Edit]) -> list[TensorEdit]:
     result: list[TensorEdit] = []
     replaced: set[str] = set()
     for edit in edits:
-        if not isinstance(edit, LowRank | Replace):
+        if not isinstance(edit, LowRank | Replace | Mask | Sparse):
             raise SurgeryError(f"edits of kind {type(edit).__name__} cannot be written in place")
         if isinstance(edit, Replace):
             if edit.name in replaced:

@@ -52,7 +52,7 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """New values for a few entries of one stored tensor, addressed by flat index."""
+    """New values for a few entries of one stored tensor, addressed by flat index in ascending order."""
 
     name: str
     indices: npt.NDArray[np.int64]
@@ -99,7 +99,7 @@ class File:
     content: bytes
 
 
-TensorEdit = LowRank | Replace
+TensorEdit = LowRank | Replace | Mask | Sparse
 """The edits that change bytes of a stored tensor in place."""
 
 Edit = LowRank | Replace | Mask | Sparse | Slice | Drop | Add | Config | File

@@ -6,13 +6,25 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from llmsurgery.checkpoint import Checkpoint, Publication, decode, require_finite
+from llmsurgery.checkpoint import FLOAT, Checkpoint, Publication, TensorInfo, decode, require_finite
 from llmsurgery.edits.evaluate import evaluate_rows, require_fit
 from llmsurgery.edits.kinds import TensorEdit
 from llmsurgery.errors import NoEffectError
+
+Stored = npt.NDArray[Any]
+"""Rows as stored, of dtype `storage_dtype`."""
+
+Compute = Callable[[Stored, int, int], Stored]
+"""Takes old rows, first row and one past the last; returns the new rows."""
+
+Sink = Callable[[str, int, Stored, Stored], None]
+"""Takes stored name, first row, old rows and new rows of a block that changed."""
 
 
 @dataclass(frozen=True)
@@ -55,30 +67,46 @@ def group_edits(edits: Iterable[TensorEdit]) -> dict[str, list[TensorEdit]]:
     return dict(groups)
 
 
-def _change_tensor(
-    checkpoint: Checkpoint, publication: Publication, name: str, edits: Sequence[TensorEdit], role: str
+def change_tensor(
+    checkpoint: Checkpoint,
+    name: str,
+    role: str,
+    compute: Compute,
+    sinks: Sequence[Sink],
 ) -> TensorChange:
+    """Compute a tensor's new bytes block by block and hand the changed blocks on.
+
+    Args:
+        checkpoint: The source.
+        name: Stored name.
+        role: Its role, for the record.
+        compute: Returns the new rows of a block.
+        sinks: Receive every block in which a byte changed.
+
+    Raises:
+        DamagedError: The tensor holds NaN or Inf, or is missing.
+    """
     info = checkpoint.info(name)
-    for edit in edits:
-        require_fit(edit, info)
     before_digest, after_digest = hashlib.sha256(), hashlib.sha256()
     entries_changed = 0
     change_squared = before_squared = 0.0
     for start, stop in checkpoint.row_blocks(name):
         raw = checkpoint.read(name, start, stop)
-        require_finite(raw, info.dtype, name)
-        result = evaluate_rows(edits, raw, info, start, stop)
+        require_finite(raw, info.dtype, name, start)
+        result = compute(raw, start, stop)
         before_digest.update(np.ascontiguousarray(raw).tobytes())
         after_digest.update(np.ascontiguousarray(result).tobytes())
         # Bytes, not values, decide: -0.0 against 0.0 is a change on disk.
-        changed = raw.view(f"u{raw.itemsize}") != result.view(f"u{result.itemsize}")
-        count = int(np.count_nonzero(changed))
-        before = decode(raw, info.dtype).astype(np.float64)
-        before_squared += float(np.vdot(before, before))
+        count = int(np.count_nonzero(raw.view(f"u{raw.itemsize}") != result.view(f"u{result.itemsize}")))
+        if info.dtype in FLOAT:
+            before = decode(raw, info.dtype).astype(np.float64)
+            before_squared += float(np.vdot(before, before))
+            if count:
+                difference = decode(result, info.dtype).astype(np.float64) - before
+                change_squared += float(np.vdot(difference, difference))
         if count:
-            difference = decode(result, info.dtype).astype(np.float64) - before
-            change_squared += float(np.vdot(difference, difference))
-            publication.patch_rows(name, start, result)
+            for sink in sinks:
+                sink(name, start, raw, result)
             entries_changed += count
     return TensorChange(
         name=name,
@@ -93,16 +121,31 @@ def _change_tensor(
     )
 
 
+def patching(publication: Publication) -> Sink:
+    """Return a sink that writes changed blocks into a publication."""
+
+    def sink(name: str, start: int, raw: Stored, result: Stored) -> None:
+        del raw
+        publication.patch_rows(name, start, result)
+
+    return sink
+
+
 def write_edits(
-    checkpoint: Checkpoint, publication: Publication, edits: Sequence[TensorEdit], role_of: Callable[[str], str]
+    checkpoint: Checkpoint,
+    publication: Publication | None,
+    edits: Sequence[TensorEdit],
+    role_of: Callable[[str], str],
+    observe: Sink | None = None,
 ) -> list[TensorChange]:
     """Apply edits to the private copy inside a publication.
 
     Args:
         checkpoint: The source.
-        publication: The open publication, whose `rewrite` named these tensors.
+        publication: The open publication, whose `rewrite` named these tensors; None only measures what would change.
         edits: In-place tensor edits, in the order in which they apply.
         role_of: Maps a stored name to its role for the report.
+        observe: Receives every changed block, old and new, for undo data.
 
     Returns:
         One record per edited tensor, in stored order of first edit.
@@ -112,8 +155,15 @@ def write_edits(
         DamagedError: A tensor that is read holds NaN or Inf, or is missing.
         DivergedError: An edit holds NaN or Inf or overflows.
     """
-    groups = group_edits(edits)
-    changes = [_change_tensor(checkpoint, publication, name, group, role_of(name)) for name, group in groups.items()]
+    sinks = [patching(publication)] if publication is not None else []
+    sinks += [observe] if observe is not None else []
+    changes = []
+    for name, group in group_edits(edits).items():
+        info = checkpoint.info(name)
+        for edit in group:
+            require_fit(edit, info)
+        compute = partial(_compute, group, info)
+        changes.append(change_tensor(checkpoint, name, role_of(name), compute, sinks))
     if not any(change.changed for change in changes):
         raise NoEffectError(
             f"no stored weight changed ({len(changes)} tensors were edited)",
@@ -121,3 +171,7 @@ def write_edits(
             "raise the step size or the number of steps (--set lr=..., --set max_steps=...)",
         )
     return changes
+
+
+def _compute(edits: Sequence[TensorEdit], info: TensorInfo, raw: Stored, start: int, stop: int) -> Stored:
+    return evaluate_rows(edits, raw, info, start, stop)

@@ -12,16 +12,23 @@ _HEADING = "## Surgery record"
 _SECTION = """\
 {{ heading }}
 
-This checkpoint was changed by llmsurgery {{ manifest.versions.llmsurgery }}: \
+{% if operation.task == "apply" -%}
+This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `apply` of the patch with SHA-256 \
+`{{ operation.patch.sha256 }}`. {{ changed }} of {{ total }} edited tensors changed. What made the patch is in \
+`surgery.json`.
+{% else -%}
+{{ subject }} llmsurgery {{ manifest.versions.llmsurgery }}: \
 `{{ operation.task }} --method {{ operation.method }}` ({{ operation.paper }}), seed {{ operation.seed }}.
 {{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
-
+{% endif %}
+{% if manifest.metrics -%}
 | metric | before | after | rows | better |
 |---|---|---|---|---|
 {% for name, metric in manifest.metrics.items() -%}
 | {{ name }} | {{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
 | {{ metric.direction }} |
 {% endfor %}
+{% endif -%}
 {% for gate in manifest.gates -%}
 - gate `{{ gate.gate }}`: {{ "held" if gate.passed else "failed" }} ({{ number(gate.value) }})
 {% endfor -%}
@@ -29,6 +36,12 @@ This checkpoint was changed by llmsurgery {{ manifest.versions.llmsurgery }}: \
 - note: {{ notice }}
 {% endfor -%}
 """
+
+_SUBJECTS = {
+    "full": "This checkpoint was changed by",
+    "patch": "This directory holds no model but a patch, `patch.safetensors`, for the model described above, made by",
+    "adapter": "This directory holds no model but a peft adapter for the model described above, made by",
+}
 
 
 def format_number(value: float | None) -> str:
@@ -50,6 +63,7 @@ def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
     tensors = manifest["tensors"].values()
     section = environment.from_string(_SECTION).render(
         heading=_HEADING,
+        subject=_SUBJECTS[manifest["save"]],
         manifest=manifest,
         operation=manifest["operations"][-1],
         changed=sum(tensor["sha256_before"] != tensor["sha256_after"] for tensor in tensors),

@@ -15,10 +15,10 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import Edit
-from llmsurgery.edits.write import write_edits
 from llmsurgery.errors import DamagedError, GateError, NoEffectError
 from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
+from llmsurgery.run.forms import Written, check_form, open_publication, write_form
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.plan import plan
 from llmsurgery.run.prepare import Prepared, prepare, report_path
@@ -87,6 +87,7 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
     """
     started = time.perf_counter()
     prepared = prepare(request)
+    check_form(prepared)
     if request.dry_run:
         return Outcome(plan(prepared), None)
     notices = Notices(progress)
@@ -96,25 +97,23 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
     if not edits:
         raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
     gc.collect()
-    with Publication(
-        prepared.checkpoint, prepared.out, link=request.link, force=request.force, rewrite={e.name for e in edits}
-    ) as publication:
-        changes = write_edits(prepared.checkpoint, publication, edits, prepared.structure.role_of)
-        del edits
-        for message in publication.notices:
-            notices.notice(message)
-        after = _measure_result(prepared, publication.path, before, notices)
+    with open_publication(prepared, edits) as publication:
+        with write_form(prepared, publication, edits) as written:
+            del edits
+            for message in publication.notices:
+                notices.notice(message)
+            after = _measure_result(prepared, written, before, notices)
         _warn_of_spill(before, after, notices)
         gates = check_gates(prepared.gates, _values(after), _values(before))
         manifest = build_manifest(
             prepared,
             record,
-            changes,
-            coverage([(target.stored, target.label) for target in prepared.targets], changes),
+            written.recorded,
+            coverage([(target.stored, target.label) for target in prepared.targets], written.recorded.changes),
             metric_records(before, after),
             gates,
             notices.messages,
-            _cost(started, publication.bytes_written),
+            _cost(started, publication.bytes_written, written),
         )
         if failed := [outcome for outcome in gates if not outcome.passed]:
             publication.keep = request.keep_partial
@@ -244,11 +243,12 @@ def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) 
     return reached
 
 
-def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices: Notices) -> Measurement:
-    """Reload the written checkpoint with stock transformers and measure that, not the live training object."""
+def _measure_result(prepared: Prepared, result: Written, before: Measurement, notices: Notices) -> Measurement:
+    """Reload what was written with stock transformers and peft and measure that, not the live training object."""
     from llmsurgery.compute.device import memory_errors
     from llmsurgery.evaluate.figures import measure
 
+    path = prepared.checkpoint.root if result.adapter else result.path
     written = Checkpoint.open(path)
     if written.tensors.keys() != prepared.checkpoint.tensors.keys():
         raise DamagedError(
@@ -256,6 +256,10 @@ def _measure_result(prepared: Prepared, path: Path, before: Measurement, notices
         )
     with memory_errors():
         model = _load(prepared, path)
+        if result.adapter:
+            from llmsurgery.train.adapter import attach_adapter
+
+            model = attach_adapter(model, result.path)
         return measure(
             model,
             prepared.encoder,
@@ -279,7 +283,7 @@ def _warn_of_spill(before: Measurement, after: Measurement, notices: Notices) ->
             notices.notice(f"{name} fell by {1 - later / earlier:.0%}: the operation reached beyond the forget set")
 
 
-def _cost(started: float, bytes_written: int) -> dict[str, object]:
+def _cost(started: float, bytes_written: int, written: Written) -> dict[str, object]:
     import torch
 
     from llmsurgery.compute.device import peak_memory
@@ -288,6 +292,8 @@ def _cost(started: float, bytes_written: int) -> dict[str, object]:
         "seconds": round(time.perf_counter() - started, 3),
         "threads": torch.get_num_threads(),
         "bytes_written": bytes_written,
+        "undo_bytes": written.recorded.undo_bytes,
+        "patch_bytes": written.patch_bytes,
         **peak_memory(),
     }
 

@@ -18,6 +18,7 @@ from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.record import Recorded
 
 if TYPE_CHECKING:
     from llmsurgery.evaluate.figures import Measurement
@@ -30,7 +31,7 @@ NAME = "surgery.json"
 def build_manifest(
     prepared: Prepared,
     record: dict[str, object],
-    changes: Sequence[TensorChange],
+    recorded: Recorded,
     covered: Sequence[RoleCoverage],
     metrics: dict[str, object],
     gates: Sequence[GateOutcome],
@@ -80,9 +81,11 @@ def build_manifest(
         "data": data_records(prepared.files, prepared.rows, prepared.hashes),
         "retain_model": prepared.retain_model,
         "history": earlier_operations(prepared.checkpoint.root),
-        "export": prepared.method.spec.export,
+        "export": "adapter" if request.save == "adapter" else prepared.method.spec.export,
+        "save": request.save,
         "coverage": [dataclasses.asdict(row) for row in covered],
-        "tensors": {change.name: _change_record(change) for change in changes},
+        "tensors": {change.name: change_record(change) for change in recorded.changes},
+        "files": recorded.files,
         "metrics": metrics,
         "gates": [gate_record(outcome) for outcome in gates],
         "notices": list(notices),
@@ -101,7 +104,8 @@ def earlier_operations(source: Path) -> list[object]:
     return [*manifest.get("history", []), *manifest.get("operations", [])]
 
 
-def _change_record(change: TensorChange) -> dict[str, object]:
+def change_record(change: TensorChange) -> dict[str, object]:
+    """Return what happened to one tensor as JSON values."""
     record = dataclasses.asdict(change)
     del record["name"]
     record["shape"] = list(change.shape)

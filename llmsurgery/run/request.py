@@ -27,6 +27,8 @@ class Request:
         until: Stop rule; None for the method's own, "none" for no rule.
         link: Hard-link untouched files.
         force: Replace an existing output.
+        save: "full", "patch" or "adapter": what is published.
+        undo: Keep undo data beside a full result.
         keep_partial: Keep the checkpoint under its partial name when a gate fails.
         trust_remote_code: Run model code that the checkpoint brings.
     """
@@ -47,6 +49,8 @@ class Request:
     until: str | None = None
     link: bool = False
     force: bool = False
+    save: str = "full"
+    undo: bool = True
     keep_partial: bool = False
     trust_remote_code: bool = False
 

@@ -297,12 +297,12 @@ def test_a_bug_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from llmsurgery.run import execute
+    from llmsurgery.run import forms
 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(execute, "write_edits", broken)
+    monkeypatch.setattr(forms, "write_edits", broken)
     assert run(unlearn(checkpoints["tied_llama"], data_files, tmp_path / "out")) == 1
     message = capsys.readouterr().err
     assert "ZeroDivisionError" in message

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import unlearn
+from llmsurgery import apply, diff, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
 from llmsurgery.methods.registry import all_methods
-from llmsurgery.run import execute as orchestrator
+from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
 from ..conftest import write_data_files
@@ -71,14 +71,14 @@ class Runs:
     def _make(self, method: str, architecture: str, name: str) -> Run:
         out = self.root / f"{method}-{architecture}-{name.replace(' ', '-')}"
         kept: list[Edit] = []
-        original = orchestrator.write_edits
+        original = forms.write_edits
 
-        def record(checkpoint: Any, publication: Any, edits: Any, role_of: Any) -> Any:
+        def record(checkpoint: Any, publication: Any, edits: Any, *more: Any) -> Any:
             kept.extend(edits)
-            return original(checkpoint, publication, edits, role_of)
+            return original(checkpoint, publication, edits, *more)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(orchestrator, "write_edits", record)
+            patch.setattr(forms, "write_edits", record)
             outcome = unlearn(
                 self.checkpoints[architecture],
                 method=method,
@@ -100,6 +100,15 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def tree(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def checkpoint_files(root: Path) -> dict[str, str]:
+    """The files that make the model: no card, manifest or undo data."""
+    return {
+        name: digest
+        for name, digest in tree(root).items()
+        if name not in {"README.md", "surgery.json"} and not name.startswith(".llmsurgery/")
+    }
 
 
 def stored(root: Path) -> dict[str, torch.Tensor]:
@@ -124,6 +133,23 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         even = (candidate.view(width) & 1) == 0
         best = torch.where((error < best_error) | ((error == best_error) & even), candidate, best)
     return best
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_patch_leads_there_and_revert_leads_back(
+    method: str, architecture: str, train: str, runs: Runs, tmp_path: Path
+) -> None:
+    run = runs.get(method, architecture, train)
+    diff(run.source, run.out, out=tmp_path / "patch")
+    manifest = apply(tmp_path / "patch", run.source, out=tmp_path / "applied")
+    assert checkpoint_files(tmp_path / "applied") == checkpoint_files(run.out)
+    changed = {name for name, row in run.manifest["tensors"].items() if row["sha256_before"] != row["sha256_after"]}
+    assert manifest["tensors"] == {name: run.manifest["tensors"][name] for name in changed}
+    revert(run.out, out=tmp_path / "reverted")
+    assert tree(tmp_path / "reverted") == runs.sources[architecture]
+    assert verify(run.out, base=run.source)["save"] == "full"
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)

@@ -1,0 +1,159 @@
+"""Turn a patch into bytes: the base is checked first, every tensor's digest afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llmsurgery.checkpoint import Checkpoint, Publication, file_digest, storage_dtype, tensor_digest
+from llmsurgery.checkpoint.container import PartReader
+from llmsurgery.edits.delta import side_files
+from llmsurgery.edits.evaluate import evaluate_rows
+from llmsurgery.edits.indices import FlagReader
+from llmsurgery.edits.kinds import LowRank
+from llmsurgery.edits.patch import Patch, TensorPatch
+from llmsurgery.edits.write import Sink, Stored, TensorChange, change_tensor, patching
+from llmsurgery.errors import DamagedError, InputError
+
+_OTHER_BASE = "a patch is byte-exact and fits only the checkpoint it was made for"
+_FIX = "give the base that the patch was made from; `llmsurgery diff` shows how two checkpoints differ"
+
+
+def check_base(patch: Patch, base: Checkpoint, tick: Callable[[], object] = lambda: None) -> None:
+    """Refuse a base that is not the one the patch was made for.
+
+    Args:
+        patch: The patch.
+        base: The checkpoint.
+        tick: Called once per tensor.
+
+    Raises:
+        InputError: Names the first tensor, or else the file, that differs.
+    """
+    for tensor in patch.tensors.values():
+        info = base.tensors.get(tensor.name)
+        if info is None:
+            raise _another_base(patch, base, f"tensor {tensor.name!r} is not in it")
+        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            found = f"{info.dtype} {list(info.shape)}, the patch expects {tensor.dtype} {list(tensor.shape)}"
+            raise _another_base(patch, base, f"tensor {tensor.name!r} is {found}")
+        if tensor_digest(info.path, info.start, info.end) != tensor.before:
+            raise _another_base(patch, base, f"tensor {tensor.name!r} differs")
+        tick()
+    if file_digest(base.root / "config.json") != patch.config_sha256:
+        raise _another_base(patch, base, "config.json differs")
+    present = side_files(base)
+    for file in patch.files:
+        digest = file_digest(present[file.path]) if file.path in present else None
+        if digest != file.before:
+            raise _another_base(patch, base, f"{file.path} differs")
+
+
+def _another_base(patch: Patch, base: Checkpoint, what: str) -> InputError:
+    return InputError(f"{str(patch.path)!r} is for another base than {str(base.root)!r}: {what}", _OTHER_BASE, _FIX)
+
+
+def apply_patch(
+    patch: Patch,
+    base: Checkpoint,
+    publication: Publication,
+    role_of: Callable[[str], str],
+    observe: Sink | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> list[TensorChange]:
+    """Apply a patch to the private copy inside a publication.
+
+    Args:
+        patch: The patch, whose base has been checked.
+        base: The source of the publication.
+        publication: The open publication, whose `rewrite` named the patch's tensors.
+        role_of: Maps a stored name to its role for the report.
+        observe: Receives every changed block, for undo data.
+        tick: Called once per tensor.
+
+    Raises:
+        DamagedError: The result is not the one that the patch was made from.
+    """
+    sinks = [patching(publication), *([observe] if observe is not None else [])]
+    changes = []
+    for tensor in patch.tensors.values():
+        rows = _PatchedRows(patch, tensor, base)
+        change = change_tensor(base, tensor.name, role_of(tensor.name), rows.compute, sinks)
+        rows.finish()
+        if change.sha256_after != tensor.after:
+            raise DamagedError(
+                f"tensor {tensor.name!r} came out different from what {str(patch.path)!r} promises",
+                "its SHA-256 differs although base and patch are the right ones",
+                "report it with the processor and the numpy version: low-rank sums must agree on every machine",
+            )
+        changes.append(change)
+        tick()
+    for file in patch.files:
+        if file.content is None:
+            publication.remove_file(file.path)
+            continue
+        with publication.new_file(file.path, file.mode) as stream:
+            reader = patch.reader(file.content)
+            while piece := reader.take(1 << 22):
+                stream.write(piece)
+        if file_digest(publication.path / file.path) != file.after:
+            raise DamagedError(f"{file.path} in {str(patch.path)!r} is damaged", "its SHA-256 differs", "make it again")
+    return changes
+
+
+class _PatchedRows:
+    """Computes the new rows of one tensor, block by block from the first to the last."""
+
+    def __init__(self, patch: Patch, tensor: TensorPatch, base: Checkpoint) -> None:
+        self.info = base.info(tensor.name)
+        self.terms: Sequence[LowRank] = patch.low_rank(tensor)
+        self.dense: PartReader | None = None
+        self.values: PartReader | None = None
+        self.flags: FlagReader | None = None
+        if tensor.exact is not None:
+            values = patch.reader(tensor.exact.values) if tensor.exact.values is not None else None
+            if tensor.exact.at is None:
+                self.dense = values
+            else:
+                self.values = values
+                self.flags = FlagReader(tensor.exact.encoding, patch.reader(tensor.exact.at), self.info.size)
+
+    def compute(self, raw: Stored, start: int, stop: int) -> Stored:
+        """Return rows `start:stop`; must be called in order."""
+        kind = storage_dtype(self.info.dtype)
+        if self.dense is not None:
+            return np.frombuffer(self._take(self.dense, raw.nbytes), dtype=kind).reshape(raw.shape)
+        result = evaluate_rows(self.terms, raw, self.info, start, stop) if self.terms else raw.copy()
+        if self.flags is not None:
+            flags = self.flags.take(raw.size).reshape(raw.shape)
+            count = int(np.count_nonzero(flags))
+            if self.values is None:
+                result[flags] = np.zeros((), dtype=kind)
+            elif count:
+                result[flags] = np.frombuffer(self._take(self.values, count * kind.itemsize), dtype=kind)
+        return result
+
+    def finish(self) -> None:
+        """Check that the patch held no more than the tensor took.
+
+        Raises:
+            DamagedError: It did.
+        """
+        if self.flags is not None:
+            self.flags.finish()
+        if self.values is not None and self.values.left:
+            raise self._damaged()
+
+    def _take(self, reader: PartReader, count: int) -> bytearray:
+        content = reader.take(count)
+        if len(content) != count:
+            raise self._damaged()
+        return content
+
+    def _damaged(self) -> DamagedError:
+        return DamagedError(
+            f"the patch holds another number of values for {self.info.name!r} than positions",
+            "the patch was not made by this program, or is damaged",
+            "make the patch again",
+        )

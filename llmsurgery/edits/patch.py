@@ -1,0 +1,262 @@
+"""The patch file: what turns one base checkpoint into one result, forward only, in one sealed container.
+
+A tensor is described by low-rank factors, evaluated by the same float64 routine that writes edits, and then by exact
+entries in the stored dtype: all of them (dense), or some positions with their values, or some positions set to zero.
+With factors, the exact entries are those whose float64 value lies so close to a rounding boundary that another order
+of summation could round it the other way. The metadata are one JSON object:
+
+    format      1
+    base        {config_sha256}
+    tensors     name -> {dtype, shape, before, after, factors: [[u, v], ...], exact: {encoding, at, values} or null}
+    files       [{path, before, after, content, mode}]; before or after null: the file is not there
+    provenance  the operations of the run that made the result, if there was one
+
+`before` and `after` are SHA-256 digests; u, v, at, values and content name parts of the container.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from llmsurgery.checkpoint import FLOAT, Header, TensorInfo, storage_dtype
+from llmsurgery.checkpoint.container import PartReader, read_container
+from llmsurgery.checkpoint.inventory import PRIVATE_NAMES
+from llmsurgery.checkpoint.paths import inside_name
+from llmsurgery.checkpoint.refuse import PICKLE_SUFFIXES
+from llmsurgery.edits.indices import ENCODINGS
+from llmsurgery.edits.kinds import LowRank
+from llmsurgery.errors import DamagedError, InputError
+
+FORMAT = 1
+KEY = "llmsurgery-patch"
+FACTORS_KEY = "llmsurgery-factors"
+_FACTOR_DTYPES = ("F32", "F64")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Entries given in the stored dtype.
+
+    Attributes:
+        encoding: "dense", or how the positions are encoded (`llmsurgery.edits.indices`).
+        at: Part that holds the positions; None for dense.
+        values: Part that holds the values; None sets the positions to zero.
+    """
+
+    encoding: str
+    at: str | None
+    values: str | None
+
+
+@dataclass(frozen=True)
+class TensorPatch:
+    """What a patch does to one tensor.
+
+    Attributes:
+        name: Stored name.
+        dtype: Stored dtype code.
+        shape: Stored shape.
+        before: SHA-256 of its bytes in the base.
+        after: SHA-256 of its bytes in the result.
+        factors: (u, v) parts of low-rank terms.
+        exact: Entries that are set after the factors.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    factors: tuple[tuple[str, str], ...] = ()
+    exact: Exact | None = None
+
+
+@dataclass(frozen=True)
+class FilePatch:
+    """What a patch does to one side file.
+
+    Attributes:
+        path: Relative name.
+        before: SHA-256 in the base, None if it is not there.
+        after: SHA-256 in the result, None if it is not there.
+        content: Part that holds its bytes, None if it is removed.
+        mode: Permission bits.
+    """
+
+    path: str
+    before: str | None
+    after: str | None
+    content: str | None
+    mode: int = 0o644
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch file whose bytes and references have been checked.
+
+    Attributes:
+        path: The file.
+        seal: SHA-256 over the file, as `llmsurgery.checkpoint.container` computes it.
+        config_sha256: Digest of the base's config.json.
+        tensors: Tensor changes by stored name.
+        files: Side-file changes.
+        provenance: Operations that made the result.
+        parts: The container's entries.
+    """
+
+    path: Path
+    seal: str
+    config_sha256: str
+    tensors: dict[str, TensorPatch]
+    files: list[FilePatch]
+    provenance: dict[str, Any]
+    parts: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
+    def low_rank(self, tensor: TensorPatch) -> list[LowRank]:
+        """Read the factors of a tensor."""
+        return [LowRank(tensor.name, self._matrix(u), self._matrix(v)) for u, v in tensor.factors]
+
+    def reader(self, part: str) -> PartReader:
+        """Return a reader of one part."""
+        return PartReader(self.parts[part])
+
+    def _matrix(self, part: str) -> np.ndarray[Any, Any]:
+        info = self.parts[part]
+        return np.frombuffer(self.reader(part).take(info.nbytes), dtype=storage_dtype(info.dtype)).reshape(info.shape)
+
+
+def encode_metadata(
+    config_sha256: str,
+    tensors: Mapping[str, TensorPatch],
+    files: list[FilePatch],
+    provenance: Mapping[str, object],
+    key: str = KEY,
+) -> dict[str, str]:
+    """Return the container metadata of a patch."""
+    document = {
+        "format": FORMAT,
+        "base": {"config_sha256": config_sha256},
+        "tensors": {
+            name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "before": tensor.before,
+                "after": tensor.after,
+                "factors": [list(pair) for pair in tensor.factors],
+                "exact": None
+                if tensor.exact is None
+                else {"encoding": tensor.exact.encoding, "at": tensor.exact.at, "values": tensor.exact.values},
+            }
+            for name, tensor in tensors.items()
+        },
+        "files": [
+            {"path": f.path, "before": f.before, "after": f.after, "content": f.content, "mode": f.mode} for f in files
+        ],
+        "provenance": dict(provenance),
+    }
+    return {key: json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)}
+
+
+def read_patch(path: Path | str, key: str = KEY) -> Patch:
+    """Open a patch file: every byte is checked against its seal, every reference against its parts.
+
+    Args:
+        path: The file.
+        key: Kind of container that is wanted.
+
+    Raises:
+        InputError: It is missing or no patch.
+        DamagedError: It is damaged, or refers to what it does not hold.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(
+            f"{str(path)!r} is a directory, not a patch",
+            "a patch is one file, as `llmsurgery diff -o` writes it",
+            f"give the file, perhaps {str(path / 'patch.safetensors')!r}",
+        )
+    header = read_container(path) if path.exists() else None
+    if header is None:
+        raise InputError(f"the patch {str(path)!r} does not exist", "no such file", "check the path")
+    text = header.metadata.get(key)
+    if text is None:
+        raise InputError(
+            f"{str(path)!r} is not a patch",
+            "it is a safetensors file of another program",
+            "make a patch with `llmsurgery diff A B -o PATCH` or --save patch",
+        )
+    try:
+        document = json.loads(text)
+        if document["format"] != FORMAT:
+            raise InputError(
+                f"{str(path)!r} has patch format {document['format']!r}",
+                f"this version reads format {FORMAT}",
+                "use the version of llmsurgery that wrote it",
+            )
+        tensors = {name: _tensor(header, name, entry) for name, entry in document["tensors"].items()}
+        files = [_file(header, entry) for entry in document["files"]]
+        config = str(document["base"]["config_sha256"])
+        provenance = dict(document["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(path, f"its description is incomplete: {error!r}") from error
+    return Patch(path, header.metadata["sha256"], config, tensors, files, provenance, header.tensors)
+
+
+def _broken(path: Path, why: str) -> DamagedError:
+    return DamagedError(f"{str(path)!r} is damaged", why, "fetch or make the patch again")
+
+
+def _refuse(header: Header, name: str, why: str) -> NoReturn:
+    raise _broken(header.path, f"tensor {name!r}: {why}")
+
+
+def _tensor(header: Header, name: str, entry: dict[str, Any]) -> TensorPatch:
+    shape = tuple(int(side) for side in entry["shape"])
+    size = int(np.prod(shape, dtype=object)) if shape else 1
+    factors = tuple((str(u), str(v)) for u, v in entry["factors"])
+    for u, v in factors:
+        left, right = header.tensors[u], header.tensors[v]
+        if {left.dtype, right.dtype} - set(_FACTOR_DTYPES) or entry["dtype"] not in FLOAT:
+            _refuse(header, name, "its factors have no float dtype")
+        if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
+            _refuse(header, name, "its factors do not fit together")
+        if (left.shape[0], right.shape[1]) != shape:
+            _refuse(header, name, "its factors do not fit its shape")
+    exact = None
+    if entry["exact"] is not None:
+        exact = Exact(**entry["exact"])
+        if exact.encoding not in (*ENCODINGS, "dense") or (exact.at is None) != (exact.encoding == "dense"):
+            _refuse(header, name, "its entries are encoded in an unknown way")
+        if exact.at is not None and header.tensors[exact.at].dtype != "U8":
+            _refuse(header, name, "its positions are no bytes")
+        if exact.values is None and exact.at is None:
+            _refuse(header, name, "its values are missing")
+        if exact.values is not None:
+            values = header.tensors[exact.values]
+            if values.dtype != entry["dtype"] or (exact.encoding == "dense" and values.size != size):
+                _refuse(header, name, "its values do not fit")
+    return TensorPatch(name, str(entry["dtype"]), shape, str(entry["before"]), str(entry["after"]), factors, exact)
+
+
+def _file(header: Header, entry: dict[str, Any]) -> FilePatch:
+    path = inside_name(str(entry["path"]), f"the patch {str(header.path)!r}")
+    # A patch must reach neither the weights past their hashes, nor records of earlier runs, nor hidden folders.
+    weights = path.lower().endswith((".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES))
+    if weights or path == "surgery.json" or PRIVATE_NAMES & set(path.split("/")):
+        raise _broken(header.path, f"it carries the file {path!r}, which a patch may not change")
+    if entry["content"] is not None and header.tensors[entry["content"]].dtype != "U8":
+        raise _broken(header.path, f"the content of {path!r} is no bytes")
+    if (entry["content"] is None) != (entry["after"] is None):
+        raise _broken(header.path, f"the content of {path!r} is missing")
+    return FilePatch(path, entry["before"], entry["after"], entry["content"], int(entry["mode"]) & 0o777)

@@ -1,0 +1,176 @@
+"""`diff`: what changed between two checkpoints, and the patch that leads from one to the other."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmsurgery.arch.detect import detect
+from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.checkpoint.oserrors import writing
+from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.source import resolve_source
+from llmsurgery.edits.build import write_patch
+from llmsurgery.edits.delta import Difference, TensorDelta, compare
+from llmsurgery.edits.kinds import LowRank
+from llmsurgery.edits.patch import FACTORS_KEY, read_patch
+from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
+from llmsurgery.run.manifest import NAME as MANIFEST
+from llmsurgery.run.record import FACTORS
+
+
+def diff_checkpoints(
+    before: str, after: str, out: str | None, force: bool, progress: Progress
+) -> dict[str, object]:  # fmt: skip
+    """Compare two checkpoints, and write a patch if one is asked for; see `llmsurgery.api.diff`."""
+    first, second = Checkpoint.open(resolve_source(before)), Checkpoint.open(resolve_source(after))
+    if out is not None:
+        check_new_file(Path(out), force)
+    with progress.task("comparing", len(first.tensors)) as tick:
+        difference = compare(first, second, tick)
+    document = describe(before, after, difference, roles_of(first))
+    if out is not None:
+        document["patch"] = _write(first, second, difference, Path(out), progress)
+    return document
+
+
+def roles_of(checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Return a function from stored name to role; "other" for everything where the family is not known."""
+    try:
+        return detect(checkpoint.config, checkpoint.tensors).role_of
+    except (UnsupportedError, DamagedError):
+        # Bytes can be compared and patched without knowing what they are for.
+        return lambda name: "other"
+
+
+def describe(before: str, after: str, difference: Difference, role_of: Callable[[str], str]) -> dict[str, object]:
+    """Return a difference as JSON values: per role, and per tensor that changed."""
+    groups: dict[str, list[TensorDelta]] = {}
+    for tensor in difference.tensors:
+        groups.setdefault(role_of(tensor.name), []).append(tensor)
+    files = difference.files
+    return {
+        "before": before,
+        "after": after,
+        "identical": not difference.changed and difference.same_structure and not files,
+        "roles": {role: _summary(members) for role, members in groups.items()},
+        "tensors": {
+            tensor.name: {
+                "role": role_of(tensor.name),
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                **_summary([tensor], single=True),
+            }
+            for tensor in difference.changed
+        },
+        "only_before": difference.only_before,
+        "only_after": difference.only_after,
+        "reshaped": difference.reshaped,
+        "files": {
+            "changed": [file.path for file in files if file.before is not None and file.after is not None],
+            "added": [file.path for file in files if file.before is None],
+            "removed": [file.path for file in files if file.after is None],
+        },
+        "patch": None,
+    }
+
+
+def _summary(tensors: list[TensorDelta], single: bool = False) -> dict[str, object]:
+    changed = [tensor for tensor in tensors if tensor.entries_changed]
+    change, before = sum(t.change_squared for t in tensors), sum(t.before_squared for t in tensors)
+    norm = math.sqrt(change / before) if before else float(change > 0)
+    counts: dict[str, object] = {} if single else {"tensors": len(tensors), "tensors_changed": len(changed)}
+    return {
+        **counts,
+        "entries": sum(tensor.entries for tensor in tensors),
+        "entries_changed": sum(tensor.entries_changed for tensor in tensors),
+        "norm_change": norm if math.isfinite(norm) else None,
+    }
+
+
+def _write(
+    before: Checkpoint, after: Checkpoint, difference: Difference, out: Path, progress: Progress
+) -> dict[str, object]:  # fmt: skip
+    if not difference.same_structure:
+        names = [*difference.only_before, *difference.only_after, *difference.reshaped]
+        raise UnsupportedError(
+            f"no patch leads from {str(before.root)!r} to {str(after.root)!r}",
+            f"a patch keeps tensor names, dtypes and shapes, and {len(names)} differ, first {names[0]!r}",
+            "publish the second checkpoint as a whole",
+        )
+    changed = [tensor.name for tensor in difference.changed]
+    factors = kept_factors(after, progress)
+    with new_file(out) as stream:
+        seal = write_patch(stream, before, after, changed, factors, difference.files, provenance(after))
+    return {
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        "sha256": seal,
+        "tensors": len(changed),
+        "files": len(difference.files),
+    }
+
+
+def kept_factors(result: Checkpoint, progress: Progress) -> Mapping[str, list[LowRank]]:
+    """Return the low-rank factors that a run left beside its result; the builder checks them against the bytes."""
+    path = result.root / FACTORS
+    if not path.is_file():
+        return {}
+    try:
+        kept = read_patch(path, FACTORS_KEY)
+    except (DamagedError, InputError) as error:
+        progress.notice(f"the patch will be larger than it could be: {error.what} ({error.why})")
+        return {}
+    return {name: kept.low_rank(tensor) for name, tensor in kept.tensors.items()}
+
+
+def provenance(result: Checkpoint) -> dict[str, Any]:
+    """Return the operations that made a result, as its manifest names them."""
+    path = result.root / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return {}
+    keys = ("versions", "operations") if isinstance(manifest, dict) else ()
+    return {key: manifest[key] for key in keys if key in manifest}
+
+
+def check_new_file(path: Path, force: bool) -> None:
+    """Refuse a file name that exists already.
+
+    Raises:
+        UsageError: It exists and may not be replaced, or is empty.
+    """
+    if not str(path).strip() or path.is_dir():
+        raise UsageError(f"{str(path)!r} is no file name", "-o names the patch file", "for example -o edit.patch")
+    if os.path.lexists(path) and not force:
+        raise UsageError(
+            f"{str(path)!r} exists", "nothing is overwritten unasked", "choose another name with -o, or give --force"
+        )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under another name and give it its own when it is complete and on the disk.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""`verify`: hashes, finite weights, stock loadability, and on request everything that must equal the base."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsurgery.arch.detect import find_family
+from llmsurgery.checkpoint import Checkpoint, file_digest, require_finite, tensor_digest
+from llmsurgery.checkpoint.paths import inside_name
+from llmsurgery.checkpoint.strict_json import read_object
+from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.source import resolve_source
+from llmsurgery.edits.patch import read_patch
+from llmsurgery.edits.undo import NAME as UNDO
+from llmsurgery.edits.undo import check_fit, read_undo
+from llmsurgery.errors import DamagedError, InputError, UnsupportedError
+from llmsurgery.run.forms import PATCH
+from llmsurgery.run.manifest import NAME
+
+_FIX = "restore it from a copy, or run the operation again"
+
+
+def verify_result(
+    path: str, base: str | None, trust_remote_code: bool, progress: Progress
+) -> dict[str, object]:  # fmt: skip
+    """Check a result; see `llmsurgery.api.verify`."""
+    root = resolve_source(path)
+    manifest = read_object(root / NAME, "manifest") if (root / NAME).is_file() else None
+    if base is not None and manifest is None:
+        raise InputError(
+            f"{str(root)!r} has no {NAME}", "without it nobody knows what may differ from the base", "drop --base"
+        )
+    checks: list[dict[str, object]] = []
+    if manifest is not None:
+        checks.append(_check_files(root, manifest))
+    if manifest is not None and manifest.get("save", "full") != "full":
+        if (root / PATCH).is_file():
+            patch = read_patch(root / PATCH)
+            checks.append(_passed("patch", f"{len(patch.tensors)} tensors, every byte sealed"))
+        return {"path": path, "save": manifest["save"], "checks": checks}
+    checkpoint = Checkpoint.open(root)
+    expected = _expected(manifest)
+    checks += _check_tensors(checkpoint, expected, progress)
+    checks.append(_check_loads(checkpoint, trust_remote_code))
+    if (root / UNDO).is_file():
+        undo = read_undo(root)
+        check_fit(undo, checkpoint)
+        checks.append(_passed("undo data", f"index of {len(undo.tensors)} tensors fits"))
+    if base is not None and manifest is not None:
+        checks.append(_check_base(checkpoint, Checkpoint.open(resolve_source(base)), manifest, progress))
+    return {"path": path, "save": "full", "checks": checks}
+
+
+def _passed(name: str, detail: str) -> dict[str, object]:
+    return {"check": name, "passed": True, "detail": detail}
+
+
+def _expected(manifest: dict[str, Any] | None) -> dict[str, str]:
+    if manifest is None:
+        return {}
+    try:
+        return {name: str(record["sha256_after"]) for name, record in manifest["tensors"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{NAME} is damaged", f"its record of tensors is incomplete: {error!r}", _FIX) from error
+
+
+def _check_files(root: Path, manifest: dict[str, Any]) -> dict[str, object]:
+    files = manifest.get("files", {})
+    if not isinstance(files, dict):
+        raise DamagedError(f"{NAME} is damaged", "its record of files is no object", _FIX)
+    for name, digest in files.items():
+        path = root / inside_name(name, NAME)
+        if not path.is_file():
+            raise DamagedError(f"{str(path)!r} is missing", f"{NAME} names it", _FIX)
+        if file_digest(path) != digest:
+            raise DamagedError(f"{str(path)!r} was changed", f"its SHA-256 is not the one in {NAME}", _FIX)
+    return _passed("side files", f"{len(files)} files have the SHA-256 of {NAME}")
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: dict[str, str], progress: Progress) -> list[dict[str, object]]:
+    for name in expected:
+        checkpoint.info(name)
+    with progress.task("reading tensors", len(checkpoint.tensors)) as tick:
+        for name, info in checkpoint.tensors.items():
+            digest = hashlib.sha256() if name in expected else None
+            for start, stop in checkpoint.row_blocks(name):
+                raw = checkpoint.read(name, start, stop)
+                require_finite(raw, info.dtype, name, start)
+                if digest is not None:
+                    digest.update(raw.reshape(-1).view(np.uint8).data)
+            if digest is not None and digest.hexdigest() != expected[name]:
+                raise DamagedError(
+                    f"tensor {name!r} in {str(info.path)!r} was changed",
+                    f"its SHA-256 is not the one in {NAME}",
+                    _FIX,
+                )
+            tick()
+    checks = [_passed("finite", f"{len(checkpoint.tensors)} tensors hold neither NaN nor Inf")]
+    if expected:
+        checks.insert(0, _passed("tensors", f"{len(expected)} edited tensors have the SHA-256 of {NAME}"))
+    return checks
+
+
+def _check_loads(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, object]:
+    import transformers
+
+    from llmsurgery.compute.load import check_loadable
+
+    try:
+        buffers = find_family(checkpoint.config).buffers
+    except UnsupportedError:
+        buffers = ()
+    name = check_loadable(checkpoint.root, trust_remote_code, buffers)
+    return _passed("loads", f"transformers {transformers.__version__} takes every stored tensor ({name})")
+
+
+def _check_base(
+    checkpoint: Checkpoint, base: Checkpoint, manifest: dict[str, Any], progress: Progress
+) -> dict[str, object]:  # fmt: skip
+    records = manifest["tensors"]
+    if checkpoint.tensors.keys() != base.tensors.keys():
+        odd = sorted(checkpoint.tensors.keys() ^ base.tensors.keys())
+        raise _unlike(checkpoint, base, f"{len(odd)} tensors are in one of them only, first {odd[0]!r}")
+    with progress.task("comparing with the base", len(base.tensors)) as tick:
+        for name, info in base.tensors.items():
+            own = checkpoint.info(name)
+            if (own.dtype, own.shape) != (info.dtype, info.shape):
+                raise _unlike(checkpoint, base, f"tensor {name!r} has another dtype or shape")
+            digest = tensor_digest(info.path, info.start, info.end)
+            if name in records:
+                same = digest == records[name]["sha256_before"]
+            else:
+                same = digest == tensor_digest(own.path, own.start, own.end)
+            if not same:
+                what = "the base differs from the one that was edited" if name in records else "nothing edited it"
+                raise _unlike(checkpoint, base, f"tensor {name!r} differs, and {what}")
+            tick()
+    if file_digest(base.root / "config.json") != manifest["source"]["config_sha256"]:
+        raise _unlike(checkpoint, base, "config.json of the base is not the one in the manifest")
+    rest = len(base.tensors) - len(records)
+    return _passed("base", f"{len(records)} edited tensors started from it, {rest} others are equal to it")
+
+
+def _unlike(checkpoint: Checkpoint, base: Checkpoint, why: str) -> DamagedError:
+    return DamagedError(f"{str(checkpoint.root)!r} does not follow from {str(base.root)!r}", why, "check both paths")
