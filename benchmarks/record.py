@@ -36,6 +36,7 @@ def environment() -> dict[str, object]:
 def write_result(name: str, content: dict[str, object]) -> Path:
     """Write one result file; earlier ones are kept."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{stamp}.json"
     path.write_text(json.dumps({"benchmark": name, "environment": environment(), **content}, indent=2) + "\n")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
