@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.train.guard import Guard
     from llmsurgery.train.loop import StopRule
     from llmsurgery.train.trainable import ReadTensor
 
@@ -62,6 +63,7 @@ class Operation:
         seed: Seed of everything random.
         micro_batch: Rows per forward, or None for the method's choice.
         progress: Told of long work.
+        guard: Answers that are not to change, for trained methods; None without a guard.
         reached: Tells whether the stop rule holds on the live model; None without a rule.
     """
 
@@ -74,6 +76,7 @@ class Operation:
     micro_batch: int | None
     progress: Progress
     reached: StopRule | None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Request:
         dry_run: Plan from headers and data only.
         require: Gates.
         until: Stop rule; None for the method's own, "none" for no rule.
+        guard: "self", "none" or a data file; None for the method's default.
         link: Hard-link untouched files.
         force: Replace an existing output.
         save: "full", "patch" or "adapter": what is published.
@@ -47,6 +48,7 @@ class Request:
     dry_run: bool = False
     require: tuple[str, ...] = ()
     until: str | None = None
+    guard: str | None = None
     link: bool = False
     force: bool = False
     save: str = "full"

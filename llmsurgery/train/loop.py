@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from llmsurgery.compute.progress import Progress
 from llmsurgery.errors import DivergedError, InputError, NoEffectError, SurgeryError
 from llmsurgery.train.config import TrainingConfig
+from llmsurgery.train.guard import Guard
 from llmsurgery.train.trainable import Trainable
 
 StepLoss = Callable[[Sequence[int]], torch.Tensor]
@@ -75,6 +77,7 @@ def train(
     micro_batch: int | None,
     progress: Progress,
     reached: StopRule | None = None,
+    guard: Guard | None = None,
 ) -> TrainingResult:
     """Minimise a loss over rows.
 
@@ -87,6 +90,7 @@ def train(
         micro_batch: Rows per forward, or None for the whole batch; gradients of a step are averaged over its rows
             whatever their division into micro-batches.
         progress: Told of every step.
+        guard: Answers to keep; their divergence is added to every step.
         reached: Called every `check_every` steps; training ends when it returns True.
 
     Raises:
@@ -112,6 +116,7 @@ def train(
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     sampler = Sampler(rows, seed)
+    guard_sampler = None if guard is None else Sampler(len(guard.rows), seed + 1)
     losses: list[float] = []
     stopped = "epochs" if config.epochs and steps != config.max_steps else "max_steps"
     started = time.perf_counter()
@@ -119,6 +124,9 @@ def train(
         for step in range(steps):
             drawn = sampler.draw(batch_size)
             losses.append(_accumulate(accelerator.backward, loss, drawn, micro_batch or batch_size, step))
+            if guard is not None and guard_sampler is not None:
+                kept = guard_sampler.draw(min(guard.config.batch_size, len(guard.rows)))
+                _accumulate(accelerator.backward, partial(_guard_loss, guard, trainable), kept, len(kept), step)
             _check_gradients(trainable.parameters, config.clip, step)
             optimizer.step()
             scheduler.step()
@@ -135,6 +143,10 @@ def train(
         last_loss=losses[-1] if losses else None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _guard_loss(guard: Guard, trainable: Trainable, indices: Sequence[int]) -> torch.Tensor:
+    return guard.loss(trainable.model, indices, trainable.autocast)
 
 
 def _accumulate(

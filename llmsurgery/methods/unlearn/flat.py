@@ -249,6 +249,7 @@ class Flat:
                 operation.micro_batch,
                 operation.progress,
                 operation.reached,
+                operation.guard,
             )
             record: dict[str, object] = {
                 "steps": result.steps,

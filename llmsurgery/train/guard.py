@@ -1,0 +1,240 @@
+"""The guard: keep answers that are not to change, without any data from the user.
+
+Training on forget rows alone teaches the template answer to every question of the same form. The guard draws
+questions from the model itself, some that begin like a forget question and some that begin in any way, lets the
+unchanged model answer them, and adds the KL divergence to these answers' distributions to every training step.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from llmsurgery.compute.divergence import divergence
+from llmsurgery.compute.head import Head, final_hidden, read_head
+from llmsurgery.compute.progress import Progress
+from llmsurgery.data.chat import Encoded, Encoder
+from llmsurgery.data.collate import collate, length_buckets
+from llmsurgery.data.records import Row
+from llmsurgery.errors import InputError
+from llmsurgery.train.config import GuardConfig
+
+_GENERATE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Answers to protect, with the unchanged model's distributions on them.
+
+    Attributes:
+        rows: Encoded prompts with answers.
+        hidden: Final hidden states of the positions that predict each answer token [labels, width].
+        head: The unchanged model's head.
+        config: Settings.
+        pad_id: Token id for padding.
+    """
+
+    rows: list[Encoded]
+    hidden: list[torch.Tensor]
+    head: Head
+    config: GuardConfig
+    pad_id: int
+
+    def loss(self, model: PreTrainedModel, indices: Sequence[int], autocast: torch.dtype | None) -> torch.Tensor:
+        """Return the weighted mean divergence on the answers of some rows.
+
+        Args:
+            model: The model in training.
+            indices: Row numbers.
+            autocast: Dtype of matrix products if trained weights are wider.
+        """
+        batch = collate([self.rows[i] for i in indices], self.pad_id, model.device)
+        with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+            hidden = final_hidden(model, batch.input_ids, batch.attention_mask)
+        rows, columns = torch.nonzero(batch.label_mask, as_tuple=True)
+        reference = torch.cat([self.hidden[i] for i in indices])
+        current = hidden[rows, columns - 1].to(reference.dtype)
+        return self.config.weight * divergence(current, read_head(model), reference, self.head).mean()
+
+
+@torch.no_grad()
+def make_guard(
+    model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], config: GuardConfig, progress: Progress
+) -> Guard:
+    """Record the unchanged model's distributions on some answers.
+
+    Args:
+        model: The unchanged model, in eval mode.
+        encoder: Its encoder.
+        rows: Rows with answers.
+        config: Settings.
+        progress: Told of every batch.
+    """
+    encoded = [part for row in rows for part in encode_guard(encoder, row)]
+    hidden: list[torch.Tensor] = [torch.empty(0)] * len(encoded)
+    with progress.task("recording the guard", len(encoded)) as tick:
+        for indices in length_buckets(encoded, config.batch_size):
+            batch = collate([encoded[i] for i in indices], encoder.pad_id, model.device)
+            states = final_hidden(model, batch.input_ids, batch.attention_mask)
+            for position, index in enumerate(indices):
+                first = max(1, encoded[index].answer_start)
+                hidden[index] = states[position, first - 1 : len(encoded[index].ids) - 1].clone()
+            tick(len(indices))
+    return Guard(encoded, hidden, read_head(model).clone(), config, encoder.pad_id)
+
+
+def encode_guard(encoder: Encoder, row: Row) -> list[Encoded]:
+    """Encode a row to protect; plain text is cut into chunks."""
+    return encoder.encode_chunks(row, 256) if row.kind == "text" else [encoder.encode(row)]
+
+
+@torch.no_grad()
+def draw_rows(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    forget: Sequence[Row],
+    config: GuardConfig,
+    seed: int,
+    progress: Progress,
+) -> list[Row]:
+    """Draw questions from the model and answer them with it.
+
+    Args:
+        model: The unchanged model, in eval mode.
+        encoder: Its encoder.
+        forget: The forget rows; their first words give drawn questions the same form.
+        config: Settings.
+        seed: Seed of the drawing.
+        progress: Told of every batch.
+
+    Returns:
+        At most `config.prompts` rows; questions about the subject of a forget row are left out.
+
+    Raises:
+        InputError: The model draws nothing usable.
+    """
+    generator = random.Random(seed)
+    opening, closing = _user_turn(encoder)
+    subjects = _subjects(forget)
+    found: dict[str, None] = {}
+    attempts = 4 * -(-config.prompts // _GENERATE_ROWS)
+    with progress.task("drawing questions", config.prompts) as tick:
+        for _ in range(attempts):
+            if len(found) >= config.prompts:
+                break
+            starts = [_start(forget, config, generator) for _ in range(_GENERATE_ROWS)]
+            texts = _sample(model, encoder, [opening + start for start in starts], config.question_tokens)
+            before = len(found)
+            for start, text in zip(starts, texts, strict=True):
+                question = _clean(start + text, closing)
+                if question and not _about(question, subjects):
+                    found.setdefault(question)
+            tick(min(len(found), config.prompts) - before)
+    questions = list(found)[: config.prompts]
+    if not questions:
+        raise InputError("the model draws no usable question for the guard", "", "use --guard none or --guard FILE")
+    prompts = [encoder.encode_prompt(Row("qa", question, "x")) for question in questions]
+    answers = _answer(model, encoder, prompts, config)
+    pairs = zip(questions, answers, strict=True)
+    return [Row("qa", question, answer, where="guard") for question, answer in pairs if answer]
+
+
+def _answer(model: PreTrainedModel, encoder: Encoder, prompts: list[Encoded], config: GuardConfig) -> list[str]:
+    """Greedy answers, as the model gives them."""
+    answers = [""] * len(prompts)
+    settings = GenerationConfig(
+        max_new_tokens=config.answer_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=[encoder.end_id],
+        pad_token_id=encoder.pad_id,
+    )
+    for indices in length_buckets(prompts, _GENERATE_ROWS):
+        new = _generate(model, encoder, [prompts[i].ids for i in indices], settings)
+        for index, text in zip(indices, new, strict=True):
+            answers[index] = text.strip()
+    return answers
+
+
+def _sample(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], tokens: int) -> list[str]:
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_p=0.95,
+        top_k=0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=[encoder.end_id],
+        pad_token_id=encoder.pad_id,
+    )
+    ids = [tuple(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return _generate(model, encoder, ids, settings)
+
+
+def _generate(
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[tuple[int, ...]], settings: GenerationConfig
+) -> list[str]:
+    time = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), time), encoder.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, time - len(ids) :] = torch.tensor(ids)
+        mask[row, time - len(ids) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+    )
+    texts = []
+    for row in output[:, time:].tolist():
+        stop = next((position for position, token in enumerate(row) if token == encoder.end_id), len(row))
+        texts.append(str(encoder.tokenizer.decode(row[:stop], skip_special_tokens=True)))
+    return texts
+
+
+def _user_turn(encoder: Encoder) -> tuple[str, str]:
+    """Return what stands before and after a question in a rendered prompt."""
+    mark = "QUESTION"
+    text = encoder.prompt_text(Row("qa", mark, "x"))
+    before, _, after = text.partition(mark)
+    return before, after
+
+
+def _start(forget: Sequence[Row], config: GuardConfig, generator: random.Random) -> str:
+    """Return the first words of a drawn question: of a forget question, or none."""
+    if generator.random() >= config.same_form:
+        return ""
+    words = generator.choice(forget).prompt.split(" ")
+    return " ".join(words[: generator.randint(1, max(1, min(3, len(words) - 1)))])
+
+
+def _clean(text: str, closing: str) -> str:
+    """Cut a drawn question at its end; empty if nothing usable is left."""
+    line = text.split("\n", 1)[0].split(closing.strip() or "\n", 1)[0]
+    if "?" in line:
+        line = line[: line.index("?") + 1]
+    line = line.strip()
+    return line if len(line.split()) >= 3 else ""
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w{3,}", text.lower()))
+
+
+def _subjects(forget: Sequence[Row]) -> list[set[str]]:
+    """Return the words of each forget question that few others share: what it is about."""
+    counts = Counter(word for row in forget for word in _words(row.prompt))
+    common = max(2, len(forget) // 4)
+    return [{word for word in _words(row.prompt) if counts[word] < common} for row in forget]
+
+
+def _about(question: str, subjects: Sequence[set[str]]) -> bool:
+    """Whether a question shares half of what a forget question is about: protecting it would undo the forgetting."""
+    words = _words(question)
+    return any(subject and 2 * len(words & subject) >= len(subject) for subject in subjects)
