@@ -60,6 +60,7 @@ def unlearn(
     dry_run: bool = False,
     require: Sequence[str] = (),
     until: str | None = None,
+    guard: str | None = None,
     link: bool = False,
     force: bool = False,
     save: str = "full",
@@ -89,6 +90,7 @@ def unlearn(
         dry_run: Only plan, from headers and data.
         require: Gates such as "forget.token_prob<=0.2x".
         until: Stop rule; the method's own by default, "none" for no rule.
+        guard: Protection of other answers: "self", "none" or a data file; "self" by default, "none" under a preset.
         link: Hard-link untouched files.
         force: Replace an existing output.
         save: What is published: "full" checkpoint, "patch" file or peft "adapter" (LoRA runs).
@@ -119,6 +121,7 @@ def unlearn(
         dry_run=dry_run,
         require=tuple(require),
         until=until,
+        guard=guard,
         link=link,
         force=force,
         save=save,

@@ -61,6 +61,12 @@ Until = Annotated[
     str | None,
     typer.Option("--until", metavar="METRIC<=VALUE", help="stop training as soon as it holds; `none`: never"),
 ]
+Guard = Annotated[
+    str | None,
+    typer.Option(
+        "--guard", metavar="none|self|FILE", help="protect other answers in training; default self, none under a preset"
+    ),
+]
 Link = Annotated[bool, typer.Option("--link", help="hard-link untouched files instead of copying them")]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output")]
 Save = Annotated[

@@ -31,5 +31,5 @@ def divergence(hidden: torch.Tensor, head: Head, reference: torch.Tensor, refere
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     rows = chunk_rows(head.weight.shape[0])
-    parts = zip(hidden.split(rows), reference.split(rows), strict=True)
-    return torch.cat([checkpoint(chunk, current, kept, use_reentrant=False) for current, kept in parts])
+    pairs = zip(torch.split(hidden, rows), torch.split(reference, rows), strict=True)
+    return torch.cat([checkpoint(chunk, current, kept, use_reentrant=False) for current, kept in pairs])

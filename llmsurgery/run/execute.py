@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.scores import SetScores
+    from llmsurgery.train.guard import Guard
     from llmsurgery.train.loop import StopRule
 
 STOP_ROWS = 256
@@ -174,6 +175,7 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
             micro_batch=request.batch_size,
             progress=notices,
             reached=_stop_rule(prepared, model, before),
+            guard=_guard(prepared, model, notices),
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)
@@ -208,6 +210,20 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
         return decode(raw, info.dtype)
 
     return read
+
+
+def _guard(prepared: Prepared, model: PreTrainedModel, notices: Notices) -> Guard | None:
+    """Draw or read what the guard protects, and record the unchanged model's answers."""
+    from llmsurgery.train.guard import draw_rows, make_guard
+
+    if prepared.guard == "none":
+        return None
+    if prepared.guard == "file":
+        rows = list(prepared.rows["guard"])
+    else:
+        forget = prepared.rows["forget"]
+        rows = draw_rows(model, prepared.encoder, forget, prepared.guarding, prepared.request.seed, notices)
+    return make_guard(model, prepared.encoder, rows, prepared.guarding, notices)
 
 
 def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) -> StopRule | None:

@@ -73,6 +73,7 @@ def build_manifest(
                 "device": str(prepared.device),
                 "dtype": str(prepared.dtype).removeprefix("torch."),
                 "batch_size": request.batch_size,
+                "guard": {"source": prepared.guard, **as_record(prepared.guarding)},
                 "until": None if prepared.until is None else str(prepared.until),
                 "require": [str(gate) for gate in prepared.gates],
                 "record": record,

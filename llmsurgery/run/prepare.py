@@ -24,7 +24,7 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.request import Request
-from llmsurgery.train.config import TrainingConfig, suitable_lr
+from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,8 @@ class Prepared:
         dtype: Resolved compute dtype.
         hashes: Data name -> SHA-256 of the file that was read.
         retained: Model that never saw the forget rows, or None.
+        guard: "self", "none", or "file" with its rows among `rows`.
+        guarding: Resolved guard settings.
     """
 
     request: Request
@@ -81,6 +83,8 @@ class Prepared:
     dtype: torch.dtype
     hashes: Mapping[str, str]
     retained: Checkpoint | None
+    guard: str
+    guarding: GuardConfig
 
     @property
     def retain_model(self) -> dict[str, object] | None:
@@ -103,8 +107,11 @@ def prepare(request: Request) -> Prepared:
     from llmsurgery.compute.source import resolve_source
 
     method = find_method(request.method, request.task)
-    config, evaluation = split_settings(method, request)
+    config, evaluation, guarding = split_settings(method, request)
+    guard = guard_source(method, request)
     files = data_files(method, request)
+    if guard not in ("self", "none"):
+        files["guard"], guard = Path(guard), "file"
     available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, request, available)
@@ -138,21 +145,45 @@ def prepare(request: Request) -> Prepared:
     require_known_tokens(measured, structure)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding,
     )  # fmt: skip
 
 
-def split_settings(method: Method, request: Request) -> tuple[object, EvaluationConfig]:
-    """Resolve the method's hyperparameters and, by their prefix `eval.`, the evaluation settings."""
-    prefix = "eval."
-    own = {name: value for name, value in request.settings.items() if not name.startswith(prefix)}
-    shared = {name.removeprefix(prefix): value for name, value in request.settings.items() if name.startswith(prefix)}
+def split_settings(method: Method, request: Request) -> tuple[object, EvaluationConfig, GuardConfig]:
+    """Resolve the method's hyperparameters and, by their prefixes `eval.` and `guard.`, the other settings."""
+    own, shared, guarding = _by_prefix(request.settings)
     if request.batch_size is not None:
         shared.setdefault("batch_size", request.batch_size)
     if request.model is None:
         own = {**method.spec.demo_settings, **own}
     config = resolve_config(method.config_type, own, method.spec.presets)
-    return config, settle(resolve_config(EvaluationConfig, shared))
+    evaluation = settle(resolve_config(EvaluationConfig, shared))
+    guard: GuardConfig = resolve_config(GuardConfig, guarding)
+    return config, evaluation, guard
+
+
+def _by_prefix(settings: Mapping[str, object]) -> list[dict[str, object]]:
+    result: list[dict[str, object]] = [{}, {}, {}]
+    for name, value in settings.items():
+        prefix, dot, rest = name.partition(".")
+        place = {"eval": 1, "guard": 2}.get(prefix, 0) if dot else 0
+        result[place][rest if place else name] = value
+    return result
+
+
+def guard_source(method: Method, request: Request) -> str:
+    """Return "self", "none" or the file that the guard is made from.
+
+    Raises:
+        UsageError: A guard was asked for of a method that does not train.
+    """
+    if not method.spec.trained:
+        if request.guard not in (None, "none"):
+            raise UsageError(f"{method.spec.name} has no --guard", "it does not train", "drop --guard")
+        return "none"
+    # A preset reproduces a paper, which knows no guard.
+    paper = request.settings.get("preset") not in (None, "toolkit")
+    return request.guard or ("none" if paper else "self")
 
 
 def settle_lr(config: object, structure: Structure) -> object:

@@ -73,6 +73,8 @@ class GuardConfig:
     answer_tokens: int = option(24, "longest protected answer in tokens", minimum=1)
     batch_size: int = option(8, "protected answers per step", minimum=1)
     weight: float = option(1.0, "weight of the divergence against the method's loss", minimum=0)
+
+
 def trained_tensors(config: TrainingConfig, structure: Structure) -> list[RoleTensor]:
     """Return the stored tensors that `roles`, `layers` and `experts` choose.
 
