@@ -122,13 +122,17 @@ def draw_rows(
     generator = random.Random(seed)
     opening, closing = _user_turn(encoder)
     subjects = _subjects(forget)
+    openings = [start for row, subject in zip(forget, subjects, strict=True) for start in _starts(row.prompt, subject)]
     found: dict[str, None] = {}
     attempts = 4 * -(-config.prompts // _GENERATE_ROWS)
     with progress.task("drawing questions", config.prompts) as tick:
         for _ in range(attempts):
             if len(found) >= config.prompts:
                 break
-            starts = [_start(forget, config, generator) for _ in range(_GENERATE_ROWS)]
+            starts = [
+                generator.choice(openings) if generator.random() < config.same_form else ""
+                for _ in range(_GENERATE_ROWS)
+            ]
             texts = _sample(model, encoder, [opening + start for start in starts], config.question_tokens)
             before = len(found)
             for start, text in zip(starts, texts, strict=True):
@@ -206,12 +210,11 @@ def _user_turn(encoder: Encoder) -> tuple[str, str]:
     return before, after
 
 
-def _start(forget: Sequence[Row], config: GuardConfig, generator: random.Random) -> str:
-    """Return the first words of a drawn question: of a forget question, or none."""
-    if generator.random() >= config.same_form:
-        return ""
-    words = generator.choice(forget).prompt.split(" ")
-    return " ".join(words[: generator.randint(1, max(1, min(3, len(words) - 1)))])
+def _starts(prompt: str, subject: set[str]) -> list[str]:
+    """Return the first words of a forget question, one to three of them, up to what it is about."""
+    words = prompt.split(" ")
+    common = next((i for i, word in enumerate(words) if _words(word) & subject), len(words) - 1)
+    return [" ".join(words[:count]) for count in range(1, min(3, common) + 1)] or [""]
 
 
 def _clean(text: str, closing: str) -> str:
