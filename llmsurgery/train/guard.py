@@ -213,8 +213,8 @@ def _user_turn(encoder: Encoder) -> tuple[str, str]:
 def _starts(prompt: str, subject: set[str]) -> list[str]:
     """Return the first words of a forget question, one to three of them, up to what it is about."""
     words = prompt.split(" ")
-    common = next((i for i, word in enumerate(words) if _words(word) & subject), len(words) - 1)
-    return [" ".join(words[:count]) for count in range(1, min(3, common) + 1)] or [""]
+    reach = next((i for i, word in enumerate(words) if i and _words(word) & subject), len(words) - 1)
+    return [" ".join(words[:count]) for count in range(1, min(3, reach) + 1)] or [""]
 
 
 def _clean(text: str, closing: str) -> str:
@@ -231,10 +231,19 @@ def _words(text: str) -> set[str]:
 
 
 def _subjects(forget: Sequence[Row]) -> list[set[str]]:
-    """Return the words of each forget question that few others share: what it is about."""
+    """Return the words of each forget question that say what it is about.
+
+    These are its names, that is its words with a capital letter or a digit after the first word; for questions
+    without any, the words that few other forget questions share.
+    """
     counts = Counter(word for row in forget for word in _words(row.prompt))
     common = max(2, len(forget) // 4)
-    return [{word for word in _words(row.prompt) if counts[word] < common} for row in forget]
+    result = []
+    for row in forget:
+        later = row.prompt.split(" ")[1:]
+        names = _words(" ".join(part for part in later if re.search(r"[A-Z0-9]", part)))
+        result.append(names or {word for word in _words(row.prompt) if counts[word] < common})
+    return result
 
 
 def _about(question: str, subjects: Sequence[set[str]]) -> bool:

@@ -110,7 +110,7 @@ def test_guard_can_be_a_file_and_is_off_under_a_preset(
     assert filed["operations"][0]["guard"]["source"] == "file"  # type: ignore[index]
     assert filed["data"]["guard"]["rows"] == 2  # type: ignore[index]
     preset = unlearn(
-        model, method="flat", out=tmp_path / "b", settings={**settings, "preset": "paper", "epochs": 1}, **files
+        model, method="flat", out=tmp_path / "b", settings={**settings, "preset": "paper", "max_steps": 3}, **files
     ).manifest
     assert preset["operations"][0]["guard"]["source"] == "none"  # type: ignore[index]
     with pytest.raises(UsageError):
