@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.record import write_result
 
-CASES = {"short": (4, 32, 32), "long": (4, 64, 192)}
+CASES = {"short": (4, 32, 32), "long": (4, 32, 96)}
 """Name -> pairs per step, prompt tokens, answer tokens."""
 
 STEPS = 4

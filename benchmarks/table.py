@@ -15,7 +15,7 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.table` from the newest file of each kind under `results/`; every number has its JSON.
 
-Repeat them with `make benchmarks` (startup and the FLAT step), and, with question and text files of your own,
+Repeat them with `make benchmarks` (startup, the FLAT step, the guard), and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`.
 """
 
@@ -96,8 +96,8 @@ def unlearn_smollm2(result: dict[str, Any]) -> str:
         lines.append([name, *cells])
     record = result["operation"]["record"]
     text = (
-        "The model's own greedy answers: 12 questions forgotten, 48 of the same form never shown. No retain term and\n"
-        "no guard yet, so the neighbours go with the forget rows; that is FLAT with forget data alone.\n"
+        "The model's own greedy answers: 12 questions forgotten (`forget`), 48 of the same form never shown\n"
+        "(`retain`). `--guard none`: the neighbours go with the forget rows; that is FLAT with forget data alone.\n"
         f"{record['steps']} steps (stopped by: {record['stopped']}), {result['cost']['seconds']:.0f} s, peak memory "
         f"{result['cost']['rss_bytes'] / 2**30:.1f} GiB, scored in {result['operation']['dtype']}.\n"
     )
@@ -105,7 +105,18 @@ def unlearn_smollm2(result: dict[str, Any]) -> str:
     return "## FLAT on SmolLM2-135M-Instruct\n\n" + text + "\n" + rows(header, lines)
 
 
-SECTIONS = {"startup": startup, "flat_step": flat_step, "unlearn_smollm2": unlearn_smollm2}
+def guard(result: dict[str, Any]) -> str:
+    """Return the section on the guard: plain and guarded runs side by side."""
+    names = ["forget.token_prob", "forget.rouge_l", "retain.token_prob", "retain.rouge_l", "utility.ppl_ratio"]
+    lines = []
+    for name, run in result["runs"].items():
+        values = [f"{run['metrics'][metric]['after']['value']:.3f}" for metric in names]
+        lines.append([f"`{name}`", *values, str(run["record"]["steps"]), f"{run['seconds']:.0f}"])
+    text = "FLAT on the embedded demo until `forget.token_prob<=0.2x`; figures after, all 1.0 before but token_prob (.97).\n"
+    return "## The guard\n\n" + text + "\n" + rows(["run", *names, "steps", "seconds"], lines)
+
+
+SECTIONS = {"startup": startup, "flat_step": flat_step, "unlearn_smollm2": unlearn_smollm2, "guard_demo": guard}
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--answers", type=Path, help="answers made earlier; skips making them")
     parser.add_argument("--dtype", default="auto", help="compute dtype of the run")
+    parser.add_argument("--guard", default="none", help="none, self or a data file")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     source = resolve_source(options.model)
@@ -88,6 +89,7 @@ def main() -> None:
             text=options.text,
             out=work / "out",
             dtype=options.dtype,
+            guard=options.guard,
             settings=dict(item.split("=", 1) for item in options.set),
         )
         manifest: Any = outcome.manifest
@@ -116,7 +118,7 @@ def main() -> None:
                 "before": outside(options.measure, source, files, options.text),
                 "after": outside(options.measure, work / "out", files, options.text),
             }
-    write_result("unlearn_smollm2", result)
+    write_result("unlearn_smollm2" if options.guard == "none" else "unlearn_smollm2_guard", result)
     for name, metric in manifest["metrics"].items():
         print(f"{name}: {metric['before']['value']:.4f} -> {metric['after']['value']:.4f}")
 

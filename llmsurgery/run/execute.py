@@ -16,27 +16,22 @@ from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import Edit
 from llmsurgery.errors import DamagedError, GateError, NoEffectError
-from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
+from llmsurgery.evaluate.gates import GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
 from llmsurgery.run.forms import Written, check_form, open_publication, write_form
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.plan import plan
 from llmsurgery.run.prepare import Prepared, prepare, report_path
 from llmsurgery.run.request import Request
+from llmsurgery.run.training import make_operation_guard, stop_rule
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
     from transformers import PreTrainedModel
 
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.scores import SetScores
-    from llmsurgery.train.guard import Guard
-    from llmsurgery.train.loop import StopRule
-
-STOP_ROWS = 256
-"""Forget rows that `--until` is measured on at most."""
 
 RETAIN_WARNING = 0.05
 """A retain score that falls by more than this share is worth a notice."""
@@ -91,7 +86,16 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
     check_form(prepared)
     if request.dry_run:
         return Outcome(plan(prepared), None)
-    notices = Notices(progress)
+    from llmsurgery.compute.device import suitable_threads
+
+    parameters = sum(info.size for info in prepared.checkpoint.tensors.values())
+    with suitable_threads(parameters, prepared.device):
+        return _run(prepared, Notices(progress), write_card, started)
+
+
+def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: float) -> Outcome:
+    """Operate, write, reload, measure, check the gates, publish."""
+    request = prepared.request
     before, produced, record = _operate(prepared, notices)
     edits = tensor_edits(produced)
     del produced
@@ -174,8 +178,8 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
             seed=request.seed,
             micro_batch=request.batch_size,
             progress=notices,
-            reached=_stop_rule(prepared, model, before),
-            guard=_guard(prepared, model, notices),
+            reached=stop_rule(prepared, model, before),
+            guard=make_operation_guard(prepared, model, notices),
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)
@@ -210,53 +214,6 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
         return decode(raw, info.dtype)
 
     return read
-
-
-def _guard(prepared: Prepared, model: PreTrainedModel, notices: Notices) -> Guard | None:
-    """Draw or read what the guard protects, and record the unchanged model's answers."""
-    from llmsurgery.train.guard import draw_rows, make_guard
-
-    if prepared.guard == "none":
-        return None
-    if prepared.guard == "file":
-        rows = list(prepared.rows["guard"])
-    else:
-        forget = prepared.rows["forget"]
-        rows = draw_rows(model, prepared.encoder, forget, prepared.guarding, prepared.request.seed, notices)
-    return make_guard(model, prepared.encoder, rows, prepared.guarding, notices)
-
-
-def _stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) -> StopRule | None:
-    from llmsurgery.compute.progress import Silent
-    from llmsurgery.evaluate.likelihood import answer_probability, score_rows, token_probability
-
-    rule: Gate | None = prepared.until
-    if rule is None:
-        return None
-    metric = rule.metric
-    encoded = prepared.measured.encoded["forget"][:STOP_ROWS]
-    batch_size, pad_id = prepared.evaluation.batch_size, prepared.encoder.pad_id
-
-    def score(autocast: torch.dtype | None) -> float:
-        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
-        if metric == "forget.prob":
-            values = [answer_probability(row) for row in scores]
-        else:
-            values = [token_probability(row, given) for row, given in zip(scores, encoded, strict=True)]
-        return sum(values) / len(values)
-
-    # The bound `0.2x` is relative to the same rows that are watched.
-    watched_all = len(encoded) == len(prepared.measured.encoded["forget"])
-    baseline = before.figures[metric].number if watched_all else score(None)
-
-    def reached(autocast: torch.dtype | None) -> bool:
-        training = model.training
-        model.eval()
-        value = score(autocast)
-        model.train(training)
-        return rule.holds(value, baseline)
-
-    return reached
 
 
 def _measure_result(prepared: Prepared, result: Written, before: Measurement, notices: Notices) -> Measurement:

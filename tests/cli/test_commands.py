@@ -11,7 +11,7 @@ import pytest
 
 from llmsurgery.cli.app import run
 
-FAST = ["--set", "max_steps=3", "--set", "lr=0.01", "--until", "none"]
+FAST = ["--set", "max_steps=3", "--set", "lr=0.01", "--until", "none", "--guard", "none"]
 
 
 def unlearn(model: Path, data: dict[str, Path], out: Path, *more: str) -> list[str]:

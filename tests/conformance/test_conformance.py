@@ -85,6 +85,7 @@ class Runs:
                 out=out,
                 seed=1 if name == "other seed" else 0,
                 until="none",
+                guard="none",
                 settings={**FAST, **SETTINGS[name]},
                 **self.data,
             )

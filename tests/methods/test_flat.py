@@ -194,6 +194,7 @@ def forget_with(memorising: Path, out: Path, **settings: object) -> tuple[float,
         forget=memorising / "forget.jsonl",
         out=out,
         until="none",
+        guard="none",
         settings={"train": "full", "roles": "all", "templates": str(memorising / "one.txt"), "eval.generate": False}
         | settings,
     )

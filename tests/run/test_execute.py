@@ -41,7 +41,7 @@ def copy(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
 
 def flat(model: Path, data: dict[str, Path], out: Path, **settings: object) -> dict[str, Any]:
     until = settings.pop("until", "none")
-    outcome = unlearn(model, method="flat", out=out, until=str(until), settings=FAST | settings, **data)
+    outcome = unlearn(model, method="flat", out=out, until=str(until), guard="none", settings=FAST | settings, **data)
     return dict(outcome.manifest)
 
 
@@ -175,7 +175,20 @@ def test_infinite_perplexity_fails_its_gate_and_is_reported(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for name, path in data_files.items() for word in (f"--{name}", str(path))]
-    words += ["--set", "train=full", "--set", "roles=all", "--set", "lr=300", "--set", "max_steps=1", "--until", "none"]
+    words += [
+        "--set",
+        "train=full",
+        "--set",
+        "roles=all",
+        "--set",
+        "lr=300",
+        "--set",
+        "max_steps=1",
+        "--until",
+        "none",
+        "--guard",
+        "none",
+    ]
     model = str(checkpoints["tied_llama"])
     code = run(["unlearn", model, "--method", "flat", "-o", str(tmp_path / "out"), *words, "--json",
                 "--require", "utility.ppl<=5"])  # fmt: skip
@@ -222,7 +235,7 @@ def test_answers_do_not_depend_on_other_rows_of_the_set(
     for name, content in (("short", rows), ("long", [*rows, long])):
         data = {**data_files, "forget": write_jsonl(f"{name}.jsonl", content)}
         outcome = unlearn(
-            checkpoints["tied_llama"], method="flat", out=tmp_path / name, until="none",
+            checkpoints["tied_llama"], method="flat", out=tmp_path / name, until="none", guard="none",
             settings={
                 **FAST, "eval.generate": True, "eval.batch_size": 1, "templates": str(tmp_path / "templates.txt"),
             },

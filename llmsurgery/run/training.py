@@ -1,0 +1,74 @@
+"""What a trained method is given by the run: the stop rule and the guard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmsurgery.compute.progress import Progress
+from llmsurgery.evaluate.gates import Gate
+from llmsurgery.run.prepare import Prepared
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.train.guard import Guard
+    from llmsurgery.train.loop import StopRule
+
+STOP_ROWS = 256
+"""Forget rows that `--until` is measured on at most."""
+
+
+def make_operation_guard(prepared: Prepared, model: PreTrainedModel, progress: Progress) -> Guard | None:
+    """Draw or read what the guard protects, and record the unchanged model's answers."""
+    from llmsurgery.train.guard import draw_rows, make_guard
+
+    if prepared.guard == "none":
+        return None
+    if prepared.guard == "file":
+        rows = list(prepared.rows["guard"])
+    else:
+        forget = prepared.rows["forget"]
+        rows = draw_rows(model, prepared.encoder, forget, prepared.guarding, prepared.request.seed, progress)
+    return make_guard(model, prepared.encoder, rows, prepared.guarding, progress)
+
+
+def stop_rule(prepared: Prepared, model: PreTrainedModel, before: Measurement) -> StopRule | None:
+    """Return what `--until` asks during training, or None without a rule.
+
+    Args:
+        prepared: The checked request.
+        model: The live model.
+        before: Figures before the operation, which relative bounds refer to.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.evaluate.likelihood import answer_probability, score_rows, token_probability
+
+    rule: Gate | None = prepared.until
+    if rule is None:
+        return None
+    metric = rule.metric
+    encoded = prepared.measured.encoded["forget"][:STOP_ROWS]
+    batch_size, pad_id = prepared.evaluation.batch_size, prepared.encoder.pad_id
+
+    def score(autocast: torch.dtype | None) -> float:
+        scores = score_rows(model, encoded, pad_id, batch_size, Silent(), "", autocast)
+        if metric == "forget.prob":
+            values = [answer_probability(row) for row in scores]
+        else:
+            values = [token_probability(row, given) for row, given in zip(scores, encoded, strict=True)]
+        return sum(values) / len(values)
+
+    # The bound `0.2x` is relative to the same rows that are watched.
+    watched_all = len(encoded) == len(prepared.measured.encoded["forget"])
+    baseline = before.figures[metric].number if watched_all else score(None)
+
+    def reached(autocast: torch.dtype | None) -> bool:
+        training = model.training
+        model.eval()
+        value = score(autocast)
+        model.train(training)
+        return rule.holds(value, baseline)
+
+    return reached
