@@ -112,7 +112,7 @@ def guard(result: dict[str, Any]) -> str:
     for name, run in result["runs"].items():
         values = [f"{run['metrics'][metric]['after']['value']:.3f}" for metric in names]
         lines.append([f"`{name}`", *values, str(run["record"]["steps"]), f"{run['seconds']:.0f}"])
-    text = "FLAT on the embedded demo until `forget.token_prob<=0.2x`; figures after, all 1.0 before but token_prob (.97).\n"
+    text = "FLAT on the embedded demo until `forget.token_prob<=0.2x`; after (before: 1, but token_prob .97).\n"
     return "## The guard\n\n" + text + "\n" + rows(["run", *names, "steps", "seconds"], lines)
 
 
