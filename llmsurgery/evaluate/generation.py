@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from llmsurgery.compute.generate import generate_batch
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded, Encoder
 
@@ -44,34 +44,16 @@ def greedy_answers(
     )
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    with progress.task(name, len(prompts)) as tick, _own_generation_config(model, config):
+    with progress.task(name, len(prompts)) as tick:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             time = max(len(prompts[i].ids) for i in indices)
             config.max_new_tokens = max(1, min(new_tokens, encoder.max_length - time))
-            ids = torch.full((len(indices), time), encoder.pad_id, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(indices):
-                length = len(prompts[i].ids)
-                ids[row, time - length :] = torch.tensor(prompts[i].ids)
-                mask[row, time - length :] = 1
-            output: Any = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-            for row, i in enumerate(indices):
-                answers[i] = _cut(output[row, time:].tolist(), ends, tokenizer)
+            output = generate_batch(model, [prompts[i].ids for i in indices], encoder.pad_id, config)
+            for new, i in zip(output, indices, strict=True):
+                answers[i] = _cut(new, ends, tokenizer)
             tick(len(indices))
     return answers
-
-
-@contextmanager
-def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hide the checkpoint's generation_config: `generate` takes from it every field that the given one leaves open."""
-    kept, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 def _cut(ids: list[int], ends: Sequence[int], tokenizer: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmsurgery.compute.divergence import divergence
+from llmsurgery.compute.generate import generate_batch
 from llmsurgery.compute.head import Head, final_hidden, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded, Encoder
@@ -155,8 +156,6 @@ def _answer(model: PreTrainedModel, encoder: Encoder, prompts: list[Encoded], co
     settings = GenerationConfig(
         max_new_tokens=config.answer_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         eos_token_id=[encoder.end_id],
         pad_token_id=encoder.pad_id,
     )
@@ -174,8 +173,6 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], toke
         temperature=1.0,
         top_p=0.95,
         top_k=0,
-        num_beams=1,
-        repetition_penalty=1.0,
         eos_token_id=[encoder.end_id],
         pad_token_id=encoder.pad_id,
     )
@@ -186,17 +183,8 @@ def _sample(model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], toke
 def _generate(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[tuple[int, ...]], settings: GenerationConfig
 ) -> list[str]:
-    time = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), time), encoder.pad_id, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, time - len(ids) :] = torch.tensor(ids)
-        mask[row, time - len(ids) :] = 1
-    output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-    )
     texts = []
-    for row in output[:, time:].tolist():
+    for row in generate_batch(model, prompts, encoder.pad_id, settings):
         stop = next((position for position, token in enumerate(row) if token == encoder.end_id), len(row))
         texts.append(str(encoder.tokenizer.decode(row[:stop], skip_special_tokens=True)))
     return texts

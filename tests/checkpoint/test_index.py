@@ -313,4 +313,8 @@ def test_require_finite(code: str) -> None:
 
 
 def test_require_finite_passes_integers() -> None:
-    require_finite(np.full(3, -1, dtype="<i4"), "I32", "w")
+    # All bits set would be a NaN in any floating dtype of that width.
+    raw = np.full(3, -1, dtype="<i4")
+    require_finite(raw, "I32", "w")
+    with pytest.raises(DamagedError):
+        require_finite(raw.view("<f4"), "F32", "w")
