@@ -101,7 +101,7 @@ def make_partial(partial: Path, force: bool) -> int:
                 raise UsageError(
                     f"{str(partial)!r} exists",
                     "another run is writing it, or an earlier one was interrupted",
-                    "wait for that run, continue it with --resume, remove the directory, or give --force",
+                    "wait for that run, remove the directory, or give --force",
                 ) from None
             descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if _lock(descriptor) and is_same(partial, descriptor):

@@ -20,7 +20,7 @@ from llmsurgery.compute.divergence import divergence
 from llmsurgery.compute.generate import generate_batch
 from llmsurgery.compute.head import Head, final_hidden, read_head
 from llmsurgery.compute.progress import Progress
-from llmsurgery.data.chat import Encoded, Encoder
+from llmsurgery.data.chat import CHUNK_TOKENS, Encoded, Encoder
 from llmsurgery.data.collate import collate, length_buckets
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
@@ -92,7 +92,7 @@ def make_guard(
 
 def encode_guard(encoder: Encoder, row: Row) -> list[Encoded]:
     """Encode a row to protect; plain text is cut into chunks."""
-    return encoder.encode_chunks(row, 256) if row.kind == "text" else [encoder.encode(row)]
+    return encoder.encode_chunks(row, CHUNK_TOKENS) if row.kind == "text" else [encoder.encode(row)]
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def draw_rows(
         encoder: Its encoder.
         forget: The forget rows; their first words give drawn questions the same form.
         config: Settings.
-        seed: Seed of the drawing.
+        seed: Seed of the choice of first words; the words after them come from torch's generator.
         progress: Told of every batch.
 
     Returns:
