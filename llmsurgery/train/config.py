@@ -67,8 +67,10 @@ class TrainingConfig:
 class GuardConfig:
     """Protection of what is not to change; `--set guard.NAME=VALUE`."""
 
-    prompts: int = option(200, "questions drawn from the model itself", minimum=1)
-    same_form: float = option(0.75, "share of them that begin like a forget question", minimum=0, maximum=1)
+    prompts: int = option(400, "questions drawn from the model itself", minimum=1)
+    same_form: float = option(
+        0.85, "share of them that are a forget question with another subject", minimum=0, maximum=1
+    )
     question_tokens: int = option(24, "longest drawn question in tokens", minimum=4)
     answer_tokens: int = option(24, "longest protected answer in tokens", minimum=1)
     batch_size: int = option(8, "protected answers per step", minimum=1)
