@@ -116,7 +116,75 @@ def guard(result: dict[str, Any]) -> str:
     return "## The guard\n\n" + text + "\n" + rows(["run", *names, "steps", "seconds"], lines)
 
 
-SECTIONS = {"startup": startup, "flat_step": flat_step, "unlearn_smollm2": unlearn_smollm2, "guard_demo": guard}
+def kill_resume(result: dict[str, Any]) -> str:
+    """Return the section on killed and resumed runs."""
+    places = ["training", "writing and measuring", "after publishing"]
+    lines = []
+    for place in places:
+        kills = [row for row in result["kills"] if row["killed"] == place]
+        good = sum(row["equal"] and not row["left_over"] for row in kills)
+        lines.append([place, str(len(kills)), str(good)])
+    text = (
+        f"`kill -9` at {len(result['kills'])} random moments of a FLAT run on the demo, then `--resume`: how many\n"
+        "ended in the bytes of the uninterrupted run (weights, side files, manifest without times and paths).\n"
+    )
+    return "## Killed and resumed\n\n" + text + "\n" + rows(["killed in", "runs", "equal bytes"], lines)
+
+
+def patches(result: dict[str, Any]) -> str:
+    """Return the section on patches and undo data."""
+    lines = []
+    for name, row in result["edits"].items():
+        same = row["applied_equal"] and row["reverted_equal"] and row["applied_and_reverted_equal"]
+        lines.append(
+            [
+                name,
+                str(row["tensors"]),
+                f"{row['changed_bytes'] / 1e6:.1f} MB",
+                f"{row['patch_bytes'] / 1e3:.1f} KB",
+                f"{row['undo_bytes'] / 1e3:.0f} KB ({row['undo_bytes'] / row['changed_bytes']:.0%})",
+                f"{row['apply_seconds']:.1f} / {row['revert_seconds']:.1f} s",
+                "bit for bit" if same else "DIFFERENT",
+            ]
+        )
+    text = f"{result['model']}, {result['weight_bytes'] / 1e6:.0f} MB of weights in bf16.\n"
+    header = [
+        "edit",
+        "tensors",
+        "changed",
+        "patch",
+        "undo (of the changed bytes)",
+        "apply / revert",
+        "apply and revert",
+    ]
+    return "## Patches\n\n" + text + "\n" + rows(header, lines)
+
+
+def conformance(result: dict[str, Any]) -> str:
+    """Return the section on methods and architectures."""
+    methods = sorted(result["methods"])
+    architectures = list(dict.fromkeys(name for row in result["methods"].values() for name in row))
+    lines = []
+    for name in architectures:
+        cells = []
+        for method in methods:
+            cell = result["methods"][method].get(name)
+            count = "" if cell is None else f"{cell['passed']} in {cell['seconds']:.1f} s"
+            cells.append(count + (f", {cell['failed']} FAILED" if cell and cell["failed"] else ""))
+        lines.append([f"`{name}`", *cells])
+    text = "Checks passed on a tiny checkpoint of each architecture: plan, coverage, bytes, reload, revert, seed.\n"
+    return "## Conformance\n\n" + text + "\n" + rows(["checkpoint", *(f"`{m}`" for m in methods)], lines)
+
+
+SECTIONS = {
+    "startup": startup,
+    "flat_step": flat_step,
+    "unlearn_smollm2": unlearn_smollm2,
+    "guard_demo": guard,
+    "patches": patches,
+    "kill_resume": kill_resume,
+    "conformance": conformance,
+}
 
 
 def main() -> None:

@@ -63,6 +63,7 @@ def unlearn(
     guard: str | None = None,
     link: bool = False,
     force: bool = False,
+    resume: bool = False,
     save: str = "full",
     undo: bool = True,
     keep_partial: bool = False,
@@ -93,6 +94,7 @@ def unlearn(
         guard: Protection of other answers: "self", "none" or a data file; "self" by default, "none" under a preset.
         link: Hard-link untouched files.
         force: Replace an existing output.
+        resume: Go on from what an interrupted run of the same command left.
         save: What is published: "full" checkpoint, "patch" file or peft "adapter" (LoRA runs).
         undo: Keep the undo data that `revert` needs.
         keep_partial: Keep the unpublished checkpoint when a gate fails.
@@ -124,6 +126,7 @@ def unlearn(
         guard=guard,
         link=link,
         force=force,
+        resume=resume,
         save=save,
         undo=undo,
         keep_partial=keep_partial,

@@ -11,8 +11,11 @@ from llmsurgery.checkpoint.oserrors import reading
 from llmsurgery.checkpoint.paths import real_path
 from llmsurgery.checkpoint.refuse import OTHER_SUFFIXES, PICKLE_SUFFIXES
 
-# Version control, caches and our own undo data describe the source, not the result.
-PRIVATE_NAMES = frozenset({".git", ".cache", ".llmsurgery"})
+STATE = ".llmsurgery-state"
+"""Directory inside an unfinished output that holds what an interrupted run goes on from."""
+
+# Version control, caches, our own undo data and states describe the source or a run, not the result.
+PRIVATE_NAMES = frozenset({".git", ".cache", ".llmsurgery", STATE})
 _STALE_SUFFIXES = (*PICKLE_SUFFIXES, *OTHER_SUFFIXES, ".onnx_data")
 _STALE_INDEX = ".index.json"
 # Root-level names under which publishers keep a second copy of the same weights.

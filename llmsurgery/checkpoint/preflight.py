@@ -9,17 +9,18 @@ from pathlib import Path
 from llmsurgery.checkpoint.index import Checkpoint
 from llmsurgery.checkpoint.inventory import Inventory
 from llmsurgery.checkpoint.oserrors import writing
-from llmsurgery.checkpoint.target import check_free, check_relation, partial_of
+from llmsurgery.checkpoint.target import UNFINISHED, check_free, check_relation, partial_of
 from llmsurgery.errors import UsageError
 
 
-def check_target(source: Checkpoint, out: Path, force: bool) -> None:
+def check_target(source: Checkpoint, out: Path, force: bool, resume: bool = False) -> None:
     """Refuse an output that could not be published, without creating anything.
 
     Args:
         source: The checkpoint to copy.
         out: The output directory.
         force: Whether an existing output may be replaced.
+        resume: Whether an unfinished output may be taken over.
 
     Raises:
         UsageError: The output or its partial directory exists, or overlaps the source.
@@ -29,11 +30,11 @@ def check_target(source: Checkpoint, out: Path, force: bool) -> None:
     check_relation(source.root, Inventory.of(source).files.values(), out)
     check_free(out, force)
     partial = partial_of(out)
-    if not force and os.path.lexists(partial):
+    if not (force or resume) and os.path.lexists(partial):
         raise UsageError(
             f"{str(partial)!r} exists",
             "another run is writing it, or an earlier one was interrupted",
-            "wait for that run, remove the directory, or give --force",
+            UNFINISHED,
         )
     parent = out.absolute().parent
     while not os.path.lexists(parent):

@@ -11,11 +11,14 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmsurgery.checkpoint.inventory import STATE
 from llmsurgery.checkpoint.oserrors import reading, writing
 from llmsurgery.checkpoint.paths import contains, real_path
 from llmsurgery.errors import ResourceError, UsageError
 
 _OTHER_NAME = "choose another output with -o"
+UNFINISHED = "go on from it with --resume, start anew with --force, or wait if that run still works"
+"""What to do about an unfinished output."""
 
 
 def check_relation(root: Path, files: Iterable[Path], out: Path) -> None:
@@ -72,6 +75,80 @@ def partial_of(out: Path) -> Path:
     return out.parent / (out.name + ".partial")
 
 
+class Claim:
+    """The directory in which one output is built, locked for one run.
+
+    Args:
+        out: The output directory.
+        force: Remove what an earlier, dead run left there.
+        resume: Take over what a dead run left there; only its `STATE` stays.
+
+    Attributes:
+        path: The directory under construction.
+        state: Where a run keeps what it can go on from.
+
+    Raises:
+        UsageError: It exists, or another run is at work in it.
+        ResourceError: It cannot be written.
+    """
+
+    def __init__(self, out: Path, force: bool, resume: bool = False) -> None:
+        self.path = partial_of(out)
+        self.state = self.path / STATE
+        self._lock: int | None = _take_over(self.path) if resume and _is_directory(self.path) else None
+        if self._lock is None:
+            self._lock = make_partial(self.path, force)
+        elif not self.clear():
+            self.release()
+            raise _busy(self.path)
+
+    @property
+    def held(self) -> bool:
+        """Whether the directory is still this run's."""
+        return self._lock is not None
+
+    def clear(self) -> bool:
+        """Remove everything but the state; return whether the name still leads to this directory."""
+        if self._lock is None or not is_same(self.path, self._lock):
+            return False
+        with writing(self.path):
+            self.path.chmod(stat.S_IRWXU)
+            for entry in list(self.path.iterdir()):
+                if entry.name != STATE:
+                    remove(entry)
+        return True
+
+    def discard(self) -> None:
+        """Remove the directory and let go; nothing happens a second time."""
+        if self._lock is None:
+            return
+        try:
+            # Another run may own the name by now.
+            if is_same(self.path, self._lock):
+                remove(self.path)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go and leave what is there; nothing happens a second time."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _take_over(partial: Path) -> int:
+    with writing(partial):
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if not _lock(descriptor):
+        os.close(descriptor)
+        raise _busy(partial)
+    return descriptor
+
+
 def make_partial(partial: Path, force: bool) -> int:
     """Create the directory in which an output is built; its creation is the lock between runs.
 
@@ -101,7 +178,7 @@ def make_partial(partial: Path, force: bool) -> int:
                 raise UsageError(
                     f"{str(partial)!r} exists",
                     "another run is writing it, or an earlier one was interrupted",
-                    "wait for that run, remove the directory, or give --force",
+                    UNFINISHED,
                 ) from None
             descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if _lock(descriptor) and is_same(partial, descriptor):

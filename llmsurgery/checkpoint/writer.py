@@ -22,14 +22,13 @@ from llmsurgery.checkpoint.clone import set_mode, write_at
 from llmsurgery.checkpoint.dtypes import storage_dtype
 from llmsurgery.checkpoint.header import TensorInfo
 from llmsurgery.checkpoint.index import Checkpoint
-from llmsurgery.checkpoint.inventory import Inventory
+from llmsurgery.checkpoint.inventory import STATE, Inventory
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.paths import inside_name
 from llmsurgery.checkpoint.target import (
+    Claim,
     check_free,
     check_relation,
-    is_same,
-    make_partial,
     move_into_place,
     partial_of,
     remove,
@@ -50,6 +49,8 @@ class Publication:
         force: Replace an existing output and the remains of an interrupted run.
         rewrite: Names of the tensors that will be patched.
         carry: Start from a copy of the source; without it the output holds only what is written into it.
+        claim: The directory under construction, if the run holds it already; what is in it but its state is replaced,
+            and it stays the run's when the block ends without `publish()`.
 
     Attributes:
         path: The directory under construction.
@@ -69,6 +70,7 @@ class Publication:
         force: bool = False,
         rewrite: Collection[str] = (),
         carry: bool = True,
+        claim: Claim | None = None,
     ) -> None:
         self.source = source
         # An output such as "." or "x/.." has no name to append to until it is resolved.
@@ -88,13 +90,14 @@ class Publication:
         self._carried = Carried()
         self._open_files: dict[str, int] = {}
         self._replaced: set[str] = set()
-        self._lock: int | None = None
+        self._given = claim
+        self._claim: Claim | None = None
 
     def __enter__(self) -> Self:
         inventory = Inventory.of(self.source)
         check_relation(self.source.root, inventory.files.values(), self.out)
         check_free(self.out, self.force)
-        self._lock = make_partial(self.path, self.force)
+        self._claim = self._given or Claim(self.out, self.force)
         complete = False
         try:
             if not self.carry:
@@ -253,10 +256,14 @@ class Publication:
         self._close_files()
         folders = [""]
         for folder, names, files in os.walk(self.path):
+            if Path(folder) == self.path and STATE in names:
+                names.remove(STATE)
             prefix = Path(folder).relative_to(self.path)
             folders += [(prefix / name).as_posix() for name in names]
             for file in files:
                 self._finish_file((prefix / file).as_posix())
+        # Only now, when all else is on the disk: a run that is killed before goes on from its state.
+        remove(self.path / STATE)
         # Children first: a parent without write permission may not stand in the way.
         for relative in reversed(folders):
             path = self.path / relative
@@ -286,23 +293,29 @@ class Publication:
 
     def discard(self) -> None:
         """Remove what was built; nothing happens after `publish()` or a second time."""
-        if self._lock is None:
+        claim = self._claim
+        if claim is None:
             return
         self._close_files()
-        # Another run may own the name by now.
-        if is_same(self.path, self._lock):
-            self._remove(self.path)
-        self._release()
+        self._claim = None
+        # What cannot be removed must not hide the error that led here.
+        try:
+            if claim is self._given:
+                claim.clear()
+            else:
+                claim.discard()
+        except ResourceError as error:
+            self.notices.append(f"could not remove {str(self.path)!r}: {error.why}")
 
     def _remove(self, path: Path) -> None:
-        # What cannot be removed must not hide the error that led here, nor undo a finished publication.
+        # What cannot be removed must not undo a finished publication.
         try:
             remove(path)
         except ResourceError as error:
             self.notices.append(f"could not remove {str(path)!r}: {error.why}")
 
     def _require_open(self) -> None:
-        if self._lock is None:
+        if self._claim is None:
             raise ValueError("this publication is not open")
 
     def _close_files(self) -> None:
@@ -311,6 +324,6 @@ class Publication:
 
     def _release(self) -> None:
         self._close_files()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None

@@ -69,6 +69,9 @@ Guard = Annotated[
 ]
 Link = Annotated[bool, typer.Option("--link", help="hard-link untouched files instead of copying them")]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="go on from what an interrupted run left; start if it left nothing")
+]
 Save = Annotated[
     str, typer.Option("--save", help="what to publish: full checkpoint, patch file, or peft adapter (LoRA runs)")
 ]

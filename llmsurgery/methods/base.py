@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
-    from llmsurgery.train.guard import Guard
-    from llmsurgery.train.loop import StopRule
+    from llmsurgery.train.session import Session
     from llmsurgery.train.trainable import ReadTensor
 
 
@@ -61,10 +60,8 @@ class Operation:
         encoder: Turns rows into token ids.
         data: Data name -> rows ("forget", "retain").
         seed: Seed of everything random.
-        micro_batch: Rows per forward, or None for the method's choice.
         progress: Told of long work.
-        guard: Answers that are not to change, for trained methods; None without a guard.
-        reached: Tells whether the stop rule holds on the live model; None without a rule.
+        training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
     """
 
     structure: Structure
@@ -73,10 +70,8 @@ class Operation:
     encoder: Encoder
     data: Mapping[str, Sequence[Row]]
     seed: int
-    micro_batch: int | None
     progress: Progress
-    reached: StopRule | None
-    guard: Guard | None = None
+    training: Session
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.checkpoint import Checkpoint, Publication, decode, require_finite
+from llmsurgery.checkpoint.target import Claim, remove
 from llmsurgery.compute.progress import Progress
 from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
-from llmsurgery.edits.kinds import Edit
+from llmsurgery.edits.kinds import Edit, TensorEdit
 from llmsurgery.errors import DamagedError, GateError, NoEffectError
 from llmsurgery.evaluate.gates import GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
@@ -23,7 +24,8 @@ from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metri
 from llmsurgery.run.plan import plan
 from llmsurgery.run.prepare import Prepared, prepare, report_path
 from llmsurgery.run.request import Request
-from llmsurgery.run.training import make_operation_guard, stop_rule
+from llmsurgery.run.resume import resumable
+from llmsurgery.run.training import make_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.scores import SetScores
+    from llmsurgery.train.state import StateStore
 
 RETAIN_WARNING = 0.05
 """A retain score that falls by more than this share is worth a notice."""
@@ -95,16 +98,29 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
 
 def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: float) -> Outcome:
     """Operate, write, reload, measure, check the gates, publish."""
+    with resumable(prepared, notices.progress) as (claim, store):
+        before, produced, record = _operate(prepared, notices, store)
+        edits = tensor_edits(produced)
+        del produced
+        if not edits:
+            raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
+        gc.collect()
+        return _publish(prepared, notices, write_card, started, claim, (before, edits, record))
+
+
+def _publish(
+    prepared: Prepared,
+    notices: Notices,
+    write_card: WriteCard,
+    started: float,
+    claim: Claim,
+    operated: tuple[Measurement, list[TensorEdit], dict[str, object]],
+) -> Outcome:
+    """Write, reload, measure, check the gates, publish."""
     request = prepared.request
-    before, produced, record = _operate(prepared, notices)
-    edits = tensor_edits(produced)
-    del produced
-    if not edits:
-        raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
-    gc.collect()
-    with open_publication(prepared, edits) as publication:
+    before, edits, record = operated
+    with open_publication(prepared, edits, claim) as publication:
         with write_form(prepared, publication, edits) as written:
-            del edits
             for message in publication.notices:
                 notices.notice(message)
             after = _measure_result(prepared, written, before, notices)
@@ -122,6 +138,8 @@ def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: f
         )
         if failed := [outcome for outcome in gates if not outcome.passed]:
             publication.keep = request.keep_partial
+            if publication.keep:
+                remove(claim.state)
             raise _gate_error(failed, manifest, prepared.out, publication)
         source_card = prepared.checkpoint.root / "README.md"
         card = write_card(manifest, source_card.read_text("utf-8", "replace") if source_card.is_file() else "")
@@ -147,7 +165,9 @@ class Notices:
         self.progress.notice(message)
 
 
-def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Edit], dict[str, object]]:
+def _operate(
+    prepared: Prepared, notices: Notices, store: StateStore
+) -> tuple[Measurement, list[Edit], dict[str, object]]:
     """Load the source, measure it, run the method; the model is dropped on return."""
     from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import measure
@@ -176,10 +196,8 @@ def _operate(prepared: Prepared, notices: Notices) -> tuple[Measurement, list[Ed
             encoder=prepared.encoder,
             data=prepared.rows,
             seed=request.seed,
-            micro_batch=request.batch_size,
             progress=notices,
-            reached=stop_rule(prepared, model, before),
-            guard=make_operation_guard(prepared, model, notices),
+            training=make_session(prepared, model, before, notices, store),
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmsurgery.checkpoint import Checkpoint, Publication, file_digest
+from llmsurgery.checkpoint.target import Claim
 from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import compare_files
 from llmsurgery.edits.kinds import LowRank, TensorEdit
@@ -70,13 +71,19 @@ def adapter_training(prepared: Prepared) -> TrainingConfig | None:
     return training if isinstance(training, TrainingConfig) and training.train == "lora" else None
 
 
-def open_publication(prepared: Prepared, edits: Sequence[TensorEdit]) -> Publication:
+def open_publication(prepared: Prepared, edits: Sequence[TensorEdit], claim: Claim | None = None) -> Publication:
     """Return the publication of a run: a copy of the source, or an empty directory for a patch or adapter."""
     request = prepared.request
     full = request.save == "full"
     names = {edit.name for edit in edits} if full else set()
     return Publication(
-        prepared.checkpoint, prepared.out, link=request.link, force=request.force, rewrite=names, carry=full
+        prepared.checkpoint,
+        prepared.out,
+        link=request.link,
+        force=request.force,
+        rewrite=names,
+        carry=full,
+        claim=claim,
     )
 
 

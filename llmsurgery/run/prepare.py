@@ -133,7 +133,7 @@ def prepare(request: Request) -> Prepared:
         )
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
-        check_target(checkpoint, out, request.force)
+        check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
     rows = {name: read_rows(path) for name, path in files.items()}
     for gate in gates:
@@ -237,15 +237,22 @@ def _stop_rule(method: Method, request: Request, available: set[str]) -> Gate | 
 
 
 def generated_name(request: Request) -> Path:
-    """Return a free name below `llmsurgery-out`: task and method, then -002, -003, ..."""
+    """Return a free name below `llmsurgery-out`: task and method, then -002, -003, ...
+
+    With `resume` it is the first name that an interrupted run left unfinished, if there is one.
+    """
     folder = Path("llmsurgery-out")
     stem = f"{request.task}-{request.method}"
+    unfinished: Path | None = None
     number = 1
     while True:
-        name = stem if number == 1 else f"{stem}-{number:03d}"
-        taken = (folder / name, folder / f"{name}.partial", folder / f"{name}.report.json")
+        place = folder / (stem if number == 1 else f"{stem}-{number:03d}")
+        partial = place.with_name(f"{place.name}.partial")
+        taken = (place, partial, place.with_name(f"{place.name}.report.json"))
         if not any(path.exists() or path.is_symlink() for path in taken):
-            return folder / name
+            return unfinished if request.resume and unfinished is not None else place
+        if unfinished is None and partial.is_dir() and not place.exists():
+            unfinished = place
         number += 1
 
 

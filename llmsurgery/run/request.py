@@ -28,6 +28,7 @@ class Request:
         guard: "self", "none" or a data file; None for the method's default.
         link: Hard-link untouched files.
         force: Replace an existing output.
+        resume: Go on from what an interrupted run left; start if it left nothing.
         save: "full", "patch" or "adapter": what is published.
         undo: Keep undo data beside a full result.
         keep_partial: Keep the checkpoint under its partial name when a gate fails.
@@ -51,6 +52,7 @@ class Request:
     guard: str | None = None
     link: bool = False
     force: bool = False
+    resume: bool = False
     save: str = "full"
     undo: bool = True
     keep_partial: bool = False

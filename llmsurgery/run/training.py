@@ -14,13 +14,39 @@ if TYPE_CHECKING:
 
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.train.guard import Guard
-    from llmsurgery.train.loop import StopRule
+    from llmsurgery.train.session import Session, StopRule
+    from llmsurgery.train.state import StateStore
 
 STOP_ROWS = 256
 """Forget rows that `--until` is measured on at most."""
 
 
-def make_operation_guard(prepared: Prepared, model: PreTrainedModel, progress: Progress) -> Guard | None:
+def make_session(
+    prepared: Prepared, model: PreTrainedModel, before: Measurement, progress: Progress, store: StateStore
+) -> Session:
+    """Return what training is given beside its hyperparameters.
+
+    Args:
+        prepared: The checked request.
+        model: The live model, unchanged so far.
+        before: Figures before the operation.
+        progress: Told of long work.
+        store: Where states are kept.
+    """
+    from llmsurgery.train.session import Session
+
+    request = prepared.request
+    return Session(
+        seed=request.seed,
+        micro_batch=request.batch_size,
+        progress=progress,
+        reached=stop_rule(prepared, model, before),
+        guard=make_guard_of(prepared, model, progress),
+        store=store,
+    )
+
+
+def make_guard_of(prepared: Prepared, model: PreTrainedModel, progress: Progress) -> Guard | None:
     """Draw or read what the guard protects, and record the unchanged model's answers."""
     from llmsurgery.train.guard import draw_rows, make_guard
 

@@ -58,6 +58,7 @@ class TrainingConfig:
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", minimum=0)
     max_length: int = option(512, "longest row in tokens", minimum=8)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    save_every: int = option(20, "steps between kept states, which --resume goes on from; 0: keep none", minimum=0)
     check_every: int = option(
         0, "steps between checks of --until; 0: as often as checks cost about as much as steps", minimum=0
     )

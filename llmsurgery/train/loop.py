@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from llmsurgery.compute.progress import Progress
 from llmsurgery.errors import DivergedError, InputError, NoEffectError, SurgeryError
 from llmsurgery.train.config import TrainingConfig
 from llmsurgery.train.guard import Guard
+from llmsurgery.train.session import Session
+from llmsurgery.train.state import (
+    State,
+    generator_states,
+    optimizer_tensors,
+    pack_random,
+    restore_generators,
+    restore_optimizer,
+    unpack_random,
+)
 from llmsurgery.train.trainable import Trainable
 
 StepLoss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss over the rows with these indices; called once per micro-batch."""
-
-
-StopRule = Callable[[torch.dtype | None], bool]
-"""Tells whether training may end; takes the dtype of matrix products if trained weights are wider, else None."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,9 @@ class TrainingResult:
         stopped: "until", "max_steps" or "epochs".
         first_loss: Loss of the first step.
         last_loss: Loss of the last step.
-        seconds: Wall time.
+        seconds: Wall time of this process.
+        observed: Last value of the figures that the loss told of.
+        resumed: Step sizes that were changed when a run went on: `{"step", "lr", "clip"}` each.
     """
 
     steps: int
@@ -41,6 +49,19 @@ class TrainingResult:
     first_loss: float | None
     last_loss: float | None
     seconds: float
+    observed: Mapping[str, float] = field(default_factory=dict)
+    resumed: Sequence[Mapping[str, object]] = ()
+
+    def record(self) -> dict[str, object]:
+        """Return the facts for the manifest."""
+        facts: dict[str, object] = {
+            "steps": self.steps,
+            "stopped": self.stopped,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            **self.observed,
+        }
+        return {**facts, "resumed_with": list(self.resumed)} if self.resumed else facts
 
 
 class Sampler:
@@ -68,81 +89,181 @@ def planned_steps(config: TrainingConfig, rows: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def train(
-    trainable: Trainable,
-    loss: StepLoss,
-    rows: int,
-    config: TrainingConfig,
-    seed: int,
-    micro_batch: int | None,
-    progress: Progress,
-    reached: StopRule | None = None,
-    guard: Guard | None = None,
-) -> TrainingResult:
-    """Minimise a loss over rows.
+def train(trainable: Trainable, loss: StepLoss, rows: int, config: TrainingConfig, session: Session) -> TrainingResult:
+    """Minimise a loss over rows, from a kept state of this stage if there is one.
 
     Args:
         trainable: What moves.
-        loss: Mean loss of some rows.
+        loss: Mean loss of some rows; gradients of a step are averaged over its rows whatever their division into
+            micro-batches.
         rows: Number of rows to draw from.
         config: Hyperparameters.
-        seed: Seed of the row order.
-        micro_batch: Rows per forward, or None for the whole batch; gradients of a step are averaged over its rows
-            whatever their division into micro-batches.
-        progress: Told of every step.
-        guard: Answers to keep; their divergence is added to every step.
-        reached: Called every `check_every` steps; training ends when it returns True.
+        session: Seed, micro-batch, stop rule, guard and kept states of the run.
 
     Raises:
         InputError: There are no rows.
         NoEffectError: No gradient reaches a trainable parameter on the first step.
         DivergedError: The loss or the gradient is NaN or Inf.
     """
-    from accelerate import Accelerator
-    from transformers import get_scheduler
-
     if rows < 1:
         raise InputError("there are no rows to train on", "the forget set is empty after encoding", "")
     if config.lr is None:
         raise SurgeryError("the step size was not settled before training")
-    steps = planned_steps(config, rows)
-    batch_size = min(config.batch_size, rows)
-    # A check scores every row once; forward and backward of a step cost about four times a forward of its rows.
-    check_every = config.check_every or max(1, rows // (4 * batch_size))
-    accelerator = Accelerator(cpu=trainable.parameters[0].device.type == "cpu", device_placement=False)
-    optimizer = torch.optim.AdamW(trainable.parameters, lr=config.lr, weight_decay=config.weight_decay)
-    warmup = config.warmup_steps if config.warmup_steps >= 0 else max(2, math.ceil(rows / batch_size))
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    sampler = Sampler(rows, seed)
-    guard_sampler = None if guard is None else Sampler(len(guard.rows), seed + 1)
-    losses: list[float] = []
-    stopped = "epochs" if config.epochs and steps != config.max_steps else "max_steps"
+    loop = _Loop(trainable, rows, config, config.lr, session)
+    session.stage += 1
     started = time.perf_counter()
-    with progress.task("training", steps) as tick:
-        for step in range(steps):
-            drawn = sampler.draw(batch_size)
-            losses.append(_accumulate(accelerator.backward, loss, drawn, micro_batch or batch_size, step))
-            if guard is not None and guard_sampler is not None:
-                kept = guard_sampler.draw(min(guard.config.batch_size, len(guard.rows)))
-                _accumulate(accelerator.backward, partial(_guard_loss, guard, trainable), kept, len(kept), step)
-            _check_gradients(trainable.parameters, config.clip, step)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            tick(note=f"loss {losses[-1]:.4f}")
-            due = (step + 1) % check_every == 0 or step + 1 == steps
-            if due and reached is not None and reached(trainable.autocast):
-                stopped = "until"
-                break
+    with session.progress.task("training", loop.steps) as tick:
+        if loop.step:
+            tick(loop.step, "resumed")
+        while not loop.stopped:
+            value = loop.advance(loss)
+            tick(note=f"loss {value:.4f}")
     return TrainingResult(
-        steps=len(losses),
-        stopped=stopped,
-        first_loss=losses[0] if losses else None,
-        last_loss=losses[-1] if losses else None,
-        seconds=time.perf_counter() - started,
+        loop.step,
+        loop.stopped,
+        loop.first_loss,
+        loop.last_loss,
+        time.perf_counter() - started,
+        dict(session.observed),
+        loop.resumed,
     )
+
+
+class _Loop:
+    """The moving parts of one call of `train`; everything that a state must hold is an attribute."""
+
+    def __init__(self, trainable: Trainable, rows: int, config: TrainingConfig, lr: float, session: Session) -> None:
+        from accelerate import Accelerator
+
+        self.trainable, self.config, self.session = trainable, config, session
+        self.steps = planned_steps(config, rows)
+        self.batch_size = min(config.batch_size, rows)
+        # A check scores every row once; forward and backward of a step cost about four times a forward of its rows.
+        self.check_every = config.check_every or max(1, rows // (4 * self.batch_size))
+        self.sampler = Sampler(rows, session.seed)
+        guard = session.guard
+        self.guard_sampler = None if guard is None else Sampler(len(guard.rows), session.seed + 1)
+        self.step = 0
+        self.stopped = "" if self.steps else self._end()
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.resumed: list[dict[str, object]] = []
+        self.stage = session.stage
+        self.due: State | None = None
+        self.optimizer = torch.optim.AdamW(trainable.parameters, lr=lr, weight_decay=config.weight_decay)
+        self.saved = state = session.store.load(self.stage) if session.store is not None else None
+        if state is not None:
+            self._restore(state)
+        scheduler = self._scheduler(rows)
+        on_cpu = trainable.parameters[0].device.type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, device_placement=False)
+        self.prepared, self.scheduler = self.accelerator.prepare(self.optimizer, scheduler)
+
+    def _scheduler(self, rows: int) -> torch.optim.lr_scheduler.LRScheduler:
+        from transformers import get_scheduler
+
+        config = self.config
+        warmup = config.warmup_steps if config.warmup_steps >= 0 else max(2, math.ceil(rows / self.batch_size))
+        name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps
+        )
+        with warnings.catch_warnings():
+            # It takes steps without the optimizer for a mistake; these are the ones before the kill.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(self.step):
+                scheduler.step()
+        return scheduler
+
+    def _end(self) -> str:
+        return "epochs" if self.config.epochs and self.steps != self.config.max_steps else "max_steps"
+
+    def advance(self, loss: StepLoss) -> float:
+        """Take one optimizer step, check the stop rule, keep a state when one is due; return the step's loss."""
+        session, config = self.session, self.config
+        if self.step == 0 and self.saved is None:
+            self.due = self._snapshot()
+        drawn = self.sampler.draw(self.batch_size)
+        micro_batch = session.micro_batch or self.batch_size
+        value = _accumulate(self.accelerator.backward, loss, drawn, micro_batch, self.step)
+        if session.guard is not None and self.guard_sampler is not None:
+            guard = session.guard
+            kept = self.guard_sampler.draw(min(guard.config.batch_size, len(guard.rows)))
+            protect = partial(_guard_loss, guard, self.trainable)
+            _accumulate(self.accelerator.backward, protect, kept, len(kept), self.step)
+        _check_gradients(self.trainable.parameters, config.clip, self.step)
+        self._keep()
+        self.prepared.step()
+        self.scheduler.step()
+        self.prepared.zero_grad(set_to_none=True)
+        self.first_loss = value if self.step == 0 else self.first_loss
+        self.last_loss = value
+        self.step += 1
+        due = self.step % self.check_every == 0 or self.step == self.steps
+        if due and session.reached is not None and session.reached(self.trainable.autocast):
+            self.stopped = "until"
+        elif self.step == self.steps:
+            self.stopped = self._end()
+        if self.stopped or (config.save_every and self.step % config.save_every == 0):
+            self.due = self._snapshot()
+        if self.stopped:
+            self._keep()
+        return value
+
+    def _snapshot(self) -> State | None:
+        """Return what the next step changes before it moves a weight: orders, generators, counts."""
+        if self.session.store is None or not self.config.save_every:
+            return None
+        tensors, numbers = generator_states()
+        samplers = {"sampler": self.sampler, "guard": self.guard_sampler}
+        tensors |= {f"order.{name}": s.generator.get_state() for name, s in samplers.items() if s is not None}
+        facts = {
+            "step": self.step,
+            "stopped": self.stopped,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "observed": dict(self.session.observed),
+            "resumed": self.resumed,
+            "lr": self.config.lr,
+            "clip": self.config.clip,
+            "pending": {name: list(s.pending) for name, s in samplers.items() if s is not None},
+            "random": pack_random(self.session.random),
+            "generators": numbers,
+        }
+        return State(facts, tensors)
+
+    def _keep(self) -> None:
+        """Write the snapshot with the weights it belongs to.
+
+        Called when loss and gradient at these weights have proved finite, so that a kept state is a good one, and
+        before the step that moves them.
+        """
+        if self.due is None or self.session.store is None:
+            return
+        moments, plain = optimizer_tensors(self.optimizer)
+        weights = {f"parameter.{i}": p.detach() for i, p in enumerate(self.trainable.parameters)}
+        state = State({**self.due.facts, "optimizer": plain}, {**self.due.tensors, **moments, **weights})
+        self.session.store.save(self.stage, state)
+        self.due = None
+
+    def _restore(self, state: State) -> None:
+        facts = state.facts
+        self.step, self.stopped = facts["step"], facts["stopped"]
+        self.first_loss, self.last_loss = facts["first_loss"], facts["last_loss"]
+        self.resumed = list(facts["resumed"])
+        if (facts["lr"], facts["clip"]) != (self.config.lr, self.config.clip) and not self.stopped:
+            self.resumed.append({"step": self.step, "lr": self.config.lr, "clip": self.config.clip})
+        with torch.no_grad():
+            for index, parameter in enumerate(self.trainable.parameters):
+                parameter.copy_(state.tensors[f"parameter.{index}"])
+        restore_optimizer(self.optimizer, state.tensors, facts["optimizer"])
+        for name, sampler in {"sampler": self.sampler, "guard": self.guard_sampler}.items():
+            if sampler is not None:
+                sampler.generator.set_state(state.tensors[f"order.{name}"])
+                sampler.pending = list(facts["pending"][name])
+        self.session.observed.update(facts["observed"])
+        unpack_random(self.session.random, facts["random"])
+        restore_generators(state.tensors, facts["generators"])
 
 
 def _guard_loss(guard: Guard, trainable: Trainable, indices: Sequence[int]) -> torch.Tensor:

@@ -270,14 +270,18 @@ def test_full_disk_and_unwritable_target(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "pwrite", full)
-    assert run(unlearn(model, data_files, tmp_path / "out")) == 7
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        assert run(unlearn(model, data_files, tmp_path / "out")) == 7
     assert "free some space" in capsys.readouterr().err
     assert tree(model) == before
-    assert not list(tmp_path.glob("out*"))
+    # The training is not lost: its state waits for space.
+    assert [path.name for path in tmp_path.glob("out*/*")] == [".llmsurgery-state"]
+    assert run([*unlearn(model, data_files, tmp_path / "out"), "--resume"]) == 0
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
-def test_interrupt_leaves_nothing(
+def test_interrupt_leaves_only_the_state(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmsurgery.run import execute
@@ -287,7 +291,8 @@ def test_interrupt_leaves_nothing(
 
     monkeypatch.setattr(execute, "_measure_result", interrupt)
     assert run(unlearn(checkpoints["tied_llama"], data_files, tmp_path / "out")) == 130
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*/*")] == [".llmsurgery-state"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bug_asks_for_a_report(
@@ -307,4 +312,5 @@ def test_a_bug_asks_for_a_report(
     message = capsys.readouterr().err
     assert "ZeroDivisionError" in message
     assert "report it" in message
-    assert not list(tmp_path.glob("out*"))
+    assert [path.name for path in tmp_path.glob("out*/*")] == [".llmsurgery-state"]
+    assert not (tmp_path / "out").exists()

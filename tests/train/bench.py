@@ -15,7 +15,6 @@ from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.head import batch_log_probabilities
 from llmsurgery.compute.load import load_model, load_tokenizer
-from llmsurgery.compute.progress import Silent
 from llmsurgery.data.chat import Encoder
 from llmsurgery.data.collate import collate
 from llmsurgery.data.records import Row
@@ -24,6 +23,7 @@ from llmsurgery.methods.settings import resolve_config
 from llmsurgery.train.config import TrainingConfig
 from llmsurgery.train.loop import TrainingResult, train
 from llmsurgery.train.pooling import row_means
+from llmsurgery.train.session import Session
 from llmsurgery.train.trainable import Trainable, prepare_trainable
 
 ROWS = [
@@ -80,7 +80,9 @@ class Bench:
         reached: Callable[[torch.dtype | None], bool] | None = None,
     ) -> tuple[TrainingResult, dict[str, np.ndarray]]:
         with self.trainable(settings) as trainable:
-            result = train(trainable, loss or self.loss, len(ROWS), settings, 0, micro_batch, Silent(), reached)
+            result = train(
+                trainable, loss or self.loss, len(ROWS), settings, Session(micro_batch=micro_batch, reached=reached)
+            )
             edits = trainable.edits()
         values = {}
         for edit in edits:

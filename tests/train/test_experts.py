@@ -15,13 +15,13 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.head import batch_log_probabilities
 from llmsurgery.compute.load import load_model
-from llmsurgery.compute.progress import Silent
 from llmsurgery.compute.view import weight_view
 from llmsurgery.edits.kinds import LowRank, Replace
 from llmsurgery.errors import UsageError
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.train.config import TrainingConfig, trained_tensors
 from llmsurgery.train.loop import TrainingResult, train
+from llmsurgery.train.session import Session
 from llmsurgery.train.trainable import prepare_trainable
 
 from ..builders import MOE_BUILDERS
@@ -59,7 +59,7 @@ class Bench:
         torch.manual_seed(0)
         with prepare_trainable(self.model, trained_tensors(config, self.structure), config, self.read) as trainable:
             self.autocast = trainable.autocast
-            result = train(trainable, self.loss, 3, config, 0, None, Silent())
+            result = train(trainable, self.loss, 3, config, Session())
             edits = trainable.edits()
         values = {}
         for edit in edits:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmsurgery.compute.progress import Silent
 from llmsurgery.errors import DivergedError, InputError, NoEffectError
 from llmsurgery.train.config import suitable_lr
 from llmsurgery.train.loop import Sampler, planned_steps, train
+from llmsurgery.train.session import Session
 
 from .bench import Bench, config
 
@@ -66,7 +66,7 @@ def test_loss_without_a_gradient_is_no_effect(checkpoints: dict[str, Path]) -> N
 def test_no_rows_is_an_input_error(checkpoints: dict[str, Path]) -> None:
     bench = Bench(checkpoints["sharded_llama"])
     with bench.trainable(config()) as trainable, pytest.raises(InputError):
-        train(trainable, bench.loss, 0, config(), 0, None, Silent())
+        train(trainable, bench.loss, 0, config(), Session())
 
 
 def test_training_ends_when_the_stop_rule_holds(checkpoints: dict[str, Path]) -> None:

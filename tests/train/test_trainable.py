@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmsurgery.compute.progress import Silent
 from llmsurgery.edits.kinds import Replace
 from llmsurgery.errors import UsageError
 from llmsurgery.train.loop import train
+from llmsurgery.train.session import Session
 
 from .bench import ROWS, Bench, config
 
@@ -47,7 +47,7 @@ def test_adapters_off_is_the_untrained_model(checkpoints: dict[str, Path]) -> No
     with bench.trainable(settings) as trainable, torch.no_grad():
         assert trainable.reference is not None
         with torch.enable_grad():
-            train(trainable, bench.loss, len(ROWS), settings, 0, None, Silent())
+            train(trainable, bench.loss, len(ROWS), settings, Session())
         after = bench.loss(range(4)).item()
         with trainable.reference():  # type: ignore[attr-defined]
             assert bench.loss(range(4)).item() == before

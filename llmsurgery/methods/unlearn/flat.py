@@ -36,7 +36,6 @@ float64 and rounded once. There is no retain term: neighbours of the forget set 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -224,44 +223,28 @@ class Flat:
         from llmsurgery.train.loop import train
         from llmsurgery.train.trainable import prepare_trainable
 
-        draw = random.Random(operation.seed)
-        last: dict[str, torch.Tensor] = {}
+        session = operation.training
         targets = self.plan(config, operation.structure)
         with prepare_trainable(operation.model, targets, config.training, operation.read) as trainable:
 
             def loss(indices: Sequence[int]) -> torch.Tensor:
                 rows = [prepared.forget[i] for i in indices]
                 # One template per access, as in the paper, not one per row for good.
-                rows += [prepared.pair(i, draw.choice(prepared.templates)) for i in indices]
+                rows += [prepared.pair(i, session.random.choice(prepared.templates)) for i in indices]
                 batch = collate(rows, operation.encoder.pad_id, operation.model.device)
                 scores, owners = batch_log_probabilities(
                     operation.model, batch.input_ids, batch.attention_mask, batch.label_mask, trainable.autocast
                 )
-                value, last["p_forget"], last["p_template"] = flat_loss(scores.exp(), owners, len(indices), config)
+                value, p_forget, p_template = flat_loss(scores.exp(), owners, len(indices), config)
+                session.observe(
+                    p_forget_median=float(p_forget.detach().median()),
+                    p_template_median=float(p_template.detach().median()),
+                )
                 return value
 
-            result = train(
-                trainable,
-                loss,
-                len(prepared.forget),
-                config.training,
-                operation.seed,
-                operation.micro_batch,
-                operation.progress,
-                operation.reached,
-                operation.guard,
-            )
-            record: dict[str, object] = {
-                "steps": result.steps,
-                "stopped": result.stopped,
-                "first_loss": result.first_loss,
-                "last_loss": result.last_loss,
-                "templates": {
-                    "count": len(prepared.templates),
-                    "sha256": hashlib.sha256("\n".join(prepared.templates).encode()).hexdigest(),
-                },
-                **{f"{name}_median": float(values.detach().median()) for name, values in last.items()},
-            }
+            result = train(trainable, loss, len(prepared.forget), config.training, session)
+            digest = hashlib.sha256("\n".join(prepared.templates).encode()).hexdigest()
+            record = {**result.record(), "templates": {"count": len(prepared.templates), "sha256": digest}}
             return MethodResult(trainable.edits(), record)
 
 

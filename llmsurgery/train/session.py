@@ -1,0 +1,50 @@
+"""What a run gives to training beside the hyperparameters: seed, micro-batch, stop rule, guard, and kept states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from llmsurgery.compute.progress import Progress, Silent
+from llmsurgery.train.guard import Guard
+from llmsurgery.train.state import StateStore
+
+StopRule = Callable[[torch.dtype | None], bool]
+"""Tells whether training may end; takes the dtype of matrix products if trained weights are wider, else None."""
+
+
+@dataclass
+class Session:
+    """The training of one run, which may be several calls of `train`, one after the other.
+
+    Attributes:
+        seed: Seed of everything random.
+        micro_batch: Rows per forward, or None for a whole batch.
+        progress: Told of every step.
+        reached: Tells whether the stop rule holds on the live model; None without a rule.
+        guard: Answers that are not to change; None without a guard.
+        store: Where states are kept, so that a killed run can go on; None keeps none.
+        random: Random numbers for the method's own use; kept in the state.
+        observed: Last value of what the method's loss tells of itself; kept in the state.
+        stage: Number of calls of `train` so far.
+    """
+
+    seed: int = 0
+    micro_batch: int | None = None
+    progress: Progress = field(default_factory=Silent)
+    reached: StopRule | None = None
+    guard: Guard | None = None
+    store: StateStore | None = None
+    random: random.Random = field(init=False)
+    observed: dict[str, float] = field(default_factory=dict)
+    stage: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def observe(self, **values: float) -> None:
+        """Keep the last value of some figures of the loss, for the manifest."""
+        self.observed.update(values)
