@@ -51,6 +51,7 @@ def main() -> None:
     from llmsurgery.run.prepare import make_encoder, settle_lr
     from llmsurgery.train.config import GuardConfig
     from llmsurgery.train.guard import draw_rows, make_guard
+    from llmsurgery.train.session import Session
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -122,9 +123,10 @@ def main() -> None:
     config = settle_lr(config, structure)
     data = method.prepare(config, encoder, {"forget": sets["forget"]})
     set_seeds(0)
+    session = Session(reached=reached, guard=guard)
     method.edit(
         config,
-        Operation(structure, tensor_reader(checkpoint), model, encoder, sets, 0, None, Silent(), reached, guard),
+        Operation(structure, tensor_reader(checkpoint), model, encoder, sets, 0, Silent(), session),
         data,
     )
     content: dict[str, object] = {"name": options.name, "settings": given, "before": before, "curve": curve}
