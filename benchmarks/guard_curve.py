@@ -69,8 +69,8 @@ def main() -> None:
     checkpoint = Checkpoint.open(options.model)
     structure = detect(checkpoint.config, checkpoint.tensors)
     method = find_method("flat", "unlearn")
-    config = settle_lr(resolve_config(method.config_type, own, method.spec.presets), structure)
     guard_config = resolve_config(GuardConfig, guarding)
+    config = settle_lr(resolve_config(method.config_type, own, method.spec.presets), structure, guard_config.weight > 0)
     encoder = make_encoder(checkpoint)
     model = load_model(options.model, torch.float32, torch.device("cpu"))
     lines = read_pairs(options.answers)
@@ -120,7 +120,7 @@ def main() -> None:
         return bool(now["forget"] <= options.goal)
 
     config = resolve_config(method.config_type, {**own, "check_every": options.every}, method.spec.presets)
-    config = settle_lr(config, structure)
+    config = settle_lr(config, structure, guard is not None)
     data = method.prepare(config, encoder, {"forget": sets["forget"]})
     set_seeds(0)
     session = Session(reached=reached, guard=guard)

@@ -167,5 +167,7 @@ def test_step_size_falls_with_the_width() -> None:
         rates = [suitable_lr(width, way) for width in widths]
         assert rates == sorted(rates, reverse=True)
         assert rates[0] > 2 * rates[2] > 0
+    # A guard holds back what a larger step would spoil.
+    assert all(suitable_lr(width, "lora", guarded=True) > 2 * suitable_lr(width, "lora") for width in widths)
     # Adapters bear larger steps than the weights themselves.
     assert all(suitable_lr(width, "lora") > 3 * suitable_lr(width, "full") for width in widths)
