@@ -197,9 +197,9 @@ def guard_curves() -> str:
     if last is None:
         return ""
     text = (
-        "FLAT on SmolLM2-135M-Instruct, its own answers, 12 forgotten and 48 unseen neighbours, in fp32: kept share of\n"
-        "the token probability of the forget rows / of the neighbours / perplexity ratio (step), where the forget rows\n"
-        "first fall to the share in the column's head.\n"
+        "FLAT on SmolLM2-135M-Instruct, its own answers, 12 forgotten and 48 unseen neighbours, in fp32: kept share\n"
+        "of the token probability of the forget rows / of the neighbours / perplexity ratio (step), where the forget\n"
+        "rows first fall to the share in the column's head.\n"
     )
     header = ["run", *(f"to {goal}x" for goal in goals)]
     return "## The guard's trade-off\n\n" + text + "\n" + rows(header, lines) + "\n\n" + machine(last) + "\n"
