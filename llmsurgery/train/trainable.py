@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Trainable:
     parameters: list[torch.nn.Parameter]
     autocast: torch.dtype | None
     edits: Callable[[], list[Edit]]
-    reference: Callable[[], object] | None
+    reference: Callable[[], AbstractContextManager[None]] | None
 
 
 @contextmanager
