@@ -25,8 +25,6 @@ LAYER, MATRIX, SCALE = 5, "down_proj", "2.0"
 TENSOR = f"model.layers.{LAYER}.mlp.{MATRIX}.weight"
 PEERS = ("transformers", "mergekit")
 HEAVY = {"torch", "transformers"}
-WAIT = 600.0
-"""Longest time in seconds to wait for other work on the machine to end, before every run."""
 
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -63,12 +61,13 @@ def weight_map(base: Path) -> dict[str, str]:
     return dict(json.loads((base / "model.safetensors.index.json").read_text())["weight_map"])
 
 
-def measure(name: str, words: list[str], scratch: Path) -> dict[str, Any]:
+def measure(name: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run one workload, check its output and remove it."""
+    scratch = options.scratch
     base, out = scratch / "base", scratch / "out"
     drop_cache(base)
-    wait_for_idle(WAIT)
-    row: dict[str, Any] = run_measured(words)
+    wait_for_idle(options.wait)
+    row: dict[str, Any] = run_measured(["nice", "-n", str(options.nice), *words])
     row["own_bytes"] = own_bytes(out, base.iterdir())
     if not name.startswith("cp"):
         edit = SCALE if name == "mergekit" else str(scratch / "factors.npz")
@@ -97,16 +96,16 @@ def heavy_imports(scratch: Path) -> list[str]:
     return done.stdout.splitlines()[-1].split()[1:]
 
 
-def run_all(scratch: Path, mergekit: str | None, repeats: int, peer_repeats: int) -> Runs:
+def run_all(options: argparse.Namespace) -> Runs:
     """Run every workload in rounds, each round in another order."""
-    known = commands(scratch, mergekit)
+    known = commands(options.scratch, options.mergekit)
     runs: Runs = {name: [] for name in known}
     names = list(known)
-    for turn in range(max(repeats, peer_repeats)):
+    for turn in range(max(options.repeats, options.peer_repeats)):
         start = 3 * turn % len(names)
         for name in names[start:] + names[:start]:
-            if turn < (peer_repeats if name in PEERS else repeats):
-                runs[name].append(measure(name, known[name], scratch))
+            if turn < (options.peer_repeats if name in PEERS else options.repeats):
+                runs[name].append(measure(name, known[name], options))
     return {name: rows for name, rows in runs.items() if rows}
 
 
@@ -141,13 +140,15 @@ def main() -> None:
     parser.add_argument("--mergekit", help="interpreter of an environment that holds mergekit")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=2)
+    parser.add_argument("--nice", type=int, default=0, help="priority of the measured commands, for a shared machine")
+    parser.add_argument("--wait", type=float, default=60, help="longest wait in seconds for idle cores before a run")
     options = parser.parse_args()
-    scratch = options.scratch.resolve()
+    options.scratch = scratch = options.scratch.resolve()
     if options.make:
         module("llama_shapes", str(scratch / "base"))
     module("rank_one", "make", str(scratch / "base"), TENSOR, str(scratch))
     heavy = heavy_imports(scratch)
-    runs = run_all(scratch, options.mergekit, options.repeats, options.peer_repeats)
+    runs = run_all(options)
     median = summary(runs)
     content = {
         "tensor": TENSOR,
@@ -155,6 +156,7 @@ def main() -> None:
         "patch_bytes": (scratch / "edit.patch").stat().st_size,
         "file_system": file_system(scratch),
         "cores_used": len(os.sched_getaffinity(0)),
+        "nice": options.nice,
         "mergekit": mergekit_version(options.mergekit),
         "heavy_imports": heavy,
         "runs": runs,
