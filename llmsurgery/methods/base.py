@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmsurgery.arch.spec import RoleTensor, Structure
+    from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.records import Row
@@ -62,6 +63,7 @@ class Operation:
         seed: Seed of everything random.
         progress: Told of long work.
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
+        statistics: Where statistics of the source model are kept.
     """
 
     structure: Structure
@@ -72,6 +74,7 @@ class Operation:
     seed: int
     progress: Progress
     training: Session
+    statistics: StatisticsCache
 
 
 @dataclass(frozen=True)

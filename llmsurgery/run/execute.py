@@ -25,7 +25,7 @@ from llmsurgery.run.plan import plan
 from llmsurgery.run.prepare import Prepared, prepare, report_path
 from llmsurgery.run.request import Request
 from llmsurgery.run.resume import resumable
-from llmsurgery.run.training import make_session
+from llmsurgery.run.training import make_session, make_statistics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,6 +198,7 @@ def _operate(
             seed=request.seed,
             progress=notices,
             training=make_session(prepared, model, before, notices, store),
+            statistics=make_statistics(prepared),
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
     record = dict(result.record)

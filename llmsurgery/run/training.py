@@ -1,17 +1,20 @@
-"""What a trained method is given by the run: the stop rule and the guard."""
+"""What a trained method is given by the run: the stop rule, the guard and kept statistics."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from llmsurgery.compute.progress import Progress
 from llmsurgery.evaluate.gates import Gate
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.resume import source_identity
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.train.guard import Guard
     from llmsurgery.train.session import Session, StopRule
@@ -44,6 +47,15 @@ def make_session(
         guard=make_guard_of(prepared, model, progress),
         store=store,
     )
+
+
+def make_statistics(prepared: Prepared) -> StatisticsCache:
+    """Return where statistics of the source are kept, by what decides their values."""
+    from llmsurgery.compute.cache import StatisticsCache
+
+    checkpoint = prepared.checkpoint
+    source = [str(checkpoint.root.resolve()), source_identity(checkpoint), dict(checkpoint.config)]
+    return StatisticsCache(json.dumps(source, sort_keys=True), str(prepared.device), str(prepared.dtype))
 
 
 def make_guard_of(prepared: Prepared, model: PreTrainedModel, progress: Progress) -> Guard | None:
