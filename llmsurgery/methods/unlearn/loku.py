@@ -48,9 +48,6 @@ Routed experts take no adapters and no FILA. Importance sees at most `importance
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -65,11 +62,7 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.data.chat import Encoded, Encoder
     from llmsurgery.data.records import Row
-    from llmsurgery.train.trainable import Factors, Trainable
-
-EPS = 1e-5
-MICRO_BATCH = 4
-"""Rows per forward of the importance pass, unless --batch-size says otherwise."""
+    from llmsurgery.train.trainable import Factors
 
 
 @dataclass(frozen=True)
@@ -96,58 +89,6 @@ class LokuData:
 
     forget: list[Encoded]
     retain: list[Encoded]
-
-
-def row_weights(forget: torch.Tensor, retain: torch.Tensor, strict: bool) -> torch.Tensor:
-    """Return d_i = sqrt(sum_j I_f[i, j] / (eps + I_r[i, j])).
-
-    Args:
-        forget: I_f [outputs, inputs], fp32.
-        retain: I_r [outputs, inputs], fp32.
-        strict: eps is 1e-5, and not 1e-5 of the mean of I_r.
-
-    Returns:
-        Row weights [outputs], fp32.
-    """
-    import torch
-
-    # A layer that no retain row reaches has no scale to be relative to.
-    eps = EPS if strict else max(EPS * float(retain.mean()), torch.finfo(retain.dtype).tiny)
-    return (forget / (eps + retain)).sum(1).sqrt()
-
-
-def fila_factors(
-    weight: torch.Tensor, weights: torch.Tensor, rank: int, scale: float, strict: bool, seed: int = 0
-) -> Factors:
-    """Return factors B [outputs, rank] and A [rank, inputs] with scale B A the best slice of a matrix.
-
-    Args:
-        weight: The matrix [outputs, inputs], fp32.
-        weights: Row weights d [outputs].
-        rank: Rank; factors of a matrix with a shorter side end in zeros.
-        scale: Scale s of the adapter.
-        strict: Use d as it is, and not divided by its mean; the factors differ through the 1e-5 added to d alone.
-        seed: Seed of the decomposition of large matrices.
-
-    Raises:
-        DivergedError: The weights are not finite.
-    """
-    import torch
-
-    from llmsurgery.compute.linalg import leading_svd
-    from llmsurgery.errors import DivergedError
-
-    mean = weights.mean()
-    if not bool(torch.isfinite(mean)):
-        raise DivergedError("the importance of a matrix is not finite", "its gradients overflow", "use --dtype float32")
-    # Without any gradient on forget rows every row counts the same.
-    d = weights if strict else weights / mean if mean > 0 else torch.ones_like(weights)
-    left, values, right = leading_svd(d[:, None] * weight, rank, seed)
-    root = (values / scale).sqrt()
-    b = left * root / (d + EPS)[:, None]
-    a = root[:, None] * right
-    missing = rank - len(values)
-    return torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))
 
 
 @register
@@ -198,6 +139,7 @@ class Loku:
         from llmsurgery.compute.head import label_log_probabilities, labelled_hidden, read_head
         from llmsurgery.compute.hinge import inverted_hinge
         from llmsurgery.data.collate import collate
+        from llmsurgery.train.fila import check_start
         from llmsurgery.train.loop import train
         from llmsurgery.train.pooling import row_means
         from llmsurgery.train.trainable import prepare_trainable
@@ -205,12 +147,11 @@ class Loku:
         session, model = operation.training, operation.model
         targets = self.plan(config, operation.structure)
         record: dict[str, object] = {}
-        start = None
-        if config.training.train == "lora" and config.init == "fila":
-            start = _start(config, operation, prepared, targets, record)
+        start = _start(config, operation, prepared, targets, record)
         with prepare_trainable(model, targets, config.training, operation.read, start) as trainable:
             if start is not None:
-                record["logit_change_at_start"] = _check_start(trainable, prepared, operation.encoder.pad_id)
+                few = prepared.forget[:1] + prepared.retain[:1]
+                record["logit_change_at_start"] = check_start(trainable, few, operation.encoder.pad_id)
 
             def loss(indices: Sequence[int]) -> torch.Tensor:
                 count = len(indices)
@@ -260,106 +201,29 @@ def _start(
     prepared: LokuData,
     targets: Sequence[RoleTensor],
     record: dict[str, object],
-) -> dict[str, Factors]:
-    """Return the factors that adapters start from, by stored name; say in the record how they were found."""
-    import torch
+) -> dict[str, Factors] | None:
+    """Return the factors that adapters start from, None where they start as usual; tell the record of it."""
+    from llmsurgery.train.fila import Importance, fila_start, sample_rows
 
-    training = config.training
-    weights = _all_row_weights(config, operation, prepared, targets, record)
-    start: dict[str, Factors] = {}
-    with operation.progress.task("decomposing", len(targets)) as tick:
-        for target in targets:
-            stored = torch.from_numpy(operation.read(target.stored)).float()
-            matrix = (stored.T if target.transposed else stored).to(operation.model.device)
-            d = weights[target.module].to(matrix)
-            scale = training.alpha / training.rank
-            start[target.stored] = fila_factors(matrix, d, training.rank, scale, config.strict, operation.seed)
-            tick()
-    return start
-
-
-def _all_row_weights(
-    config: LokuConfig,
-    operation: Operation,
-    prepared: LokuData,
-    targets: Sequence[RoleTensor],
-    record: dict[str, object],
-) -> dict[str, torch.Tensor]:
-    """Return d of every targeted matrix by module path: from the cache, else from passes of the rows."""
-    from llmsurgery.train.fisher import group_modules, squared_gradients
-
-    rows = {"forget": prepared.forget, "retain": prepared.retain}
-    draw = random.Random(operation.seed)
-    for name, members in rows.items():
-        if config.importance_rows and len(members) > config.importance_rows:
-            rows[name] = draw.sample(members, config.importance_rows)
-    micro_batch = operation.training.micro_batch or MICRO_BATCH
-    ids = json.dumps([[row.ids, row.answer_start] for members in rows.values() for row in members])
-    key = {
-        "name": "fila row weights",
-        "rows": [{name: len(members) for name, members in rows.items()}, hashlib.sha256(ids.encode()).hexdigest()],
-        "settings": [config.importance_batch, micro_batch, config.strict],
-    }
-    found: dict[str, torch.Tensor] = {}
-    wanted: dict[str, int] = {}
-    for target in targets:
-        kept = operation.statistics.load({**key, "module": target.module})
-        if kept is not None:
-            found[target.module] = kept["d"]
-        else:
-            # Both maps in fp32.
-            wanted[target.module] = 8 * target.parameters
+    if config.training.train != "lora" or config.init != "fila":
+        return None
+    forget, retain = (
+        sample_rows(rows, config.importance_rows, operation.seed) for rows in (prepared.forget, prepared.retain)
+    )
+    importance = Importance(
+        operation.model,
+        forget,
+        retain,
+        operation.encoder.pad_id,
+        config.importance_batch,
+        operation.training.micro_batch,
+        config.importance_memory,
+        config.strict,
+        operation.statistics,
+        operation.progress,
+    )
     record["importance"] = {
-        "rows": {name: len(members) for name, members in rows.items()},
+        "rows": {"forget": len(forget), "retain": len(retain)},
         "eps": "absolute" if config.strict else "relative",
     }
-    groups = list(group_modules(wanted, int(config.importance_memory * 2**30)))
-    total = len(groups) * sum(map(len, rows.values()))
-    with operation.progress.task("measuring importance", total) as tick:
-        for modules in groups:
-            maps = {
-                name: squared_gradients(
-                    operation.model, modules, members, operation.encoder.pad_id, config.importance_batch, micro_batch,
-                    tick,
-                )
-                for name, members in rows.items()
-            }  # fmt: skip
-            for module in modules:
-                d = row_weights(maps["forget"].pop(module), maps["retain"].pop(module), config.strict).cpu()
-                found[module] = d
-                if problem := operation.statistics.save({**key, "module": module}, {"d": d}):
-                    operation.progress.notice(f"importance is not kept for the next run: {problem}")
-    return found
-
-
-def _check_start(trainable: Trainable, prepared: LokuData, pad_id: int) -> float:
-    """Return the largest change of a logit by the adapters as they start.
-
-    Raises:
-        SurgeryError: The model is not the source any more, which is a bug.
-    """
-    import torch
-
-    from llmsurgery.compute.head import labelled_hidden, read_head
-    from llmsurgery.data.collate import collate
-    from llmsurgery.errors import SurgeryError
-
-    model = trainable.model
-    batch = collate(prepared.forget[:1] + prepared.retain[:1], pad_id, model.device)
-    model.eval()
-
-    def logits() -> torch.Tensor:
-        hidden, _, _ = labelled_hidden(model, batch.input_ids, batch.attention_mask, batch.label_mask)
-        return read_head(model).logits(hidden).float()
-
-    if trainable.reference is None:
-        raise SurgeryError("adapters that start from factors have no reference")
-    with torch.no_grad():
-        started = logits()
-        with trainable.reference():
-            change = float((logits() - started).abs().max())
-    model.train()
-    limit = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if change > limit:
-        raise SurgeryError(f"the adapters change a logit by {change:.3g} before training", f"the bound is {limit}")
-    return change
+    return fila_start(importance, targets, config.training, operation.read, operation.seed)
