@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from llmsurgery.checkpoint.target import Claim, remove
 from llmsurgery.compute.progress import Progress
 from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.evaluate import tensor_edits
-from llmsurgery.edits.kinds import Edit, TensorEdit
+from llmsurgery.edits.kinds import TensorEdit
 from llmsurgery.errors import DamagedError, GateError, NoEffectError
 from llmsurgery.evaluate.gates import GateOutcome, check_gates
 from llmsurgery.methods.base import Operation
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
+    from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.state import StateStore
@@ -51,6 +52,16 @@ class Example:
     reference: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class _Operated:
+    """What a method made of the source: figures before, in-place edits, its record, and the tensors it aimed at."""
+
+    before: Measurement
+    edits: list[TensorEdit]
+    record: dict[str, object]
+    targets: Sequence[RoleTensor]
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,11 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
 def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: float) -> Outcome:
     """Operate, write, reload, measure, check the gates, publish."""
     with resumable(prepared, notices.progress) as (claim, store):
-        before, produced, record = _operate(prepared, notices, store)
-        edits = tensor_edits(produced)
-        del produced
-        if not edits:
+        operated = _operate(prepared, notices, store)
+        if not operated.edits:
             raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
         gc.collect()
-        return _publish(prepared, notices, write_card, started, claim, (before, edits, record))
+        return _publish(prepared, notices, write_card, started, claim, operated)
 
 
 def _publish(
@@ -114,11 +123,11 @@ def _publish(
     write_card: WriteCard,
     started: float,
     claim: Claim,
-    operated: tuple[Measurement, list[TensorEdit], dict[str, object]],
+    operated: _Operated,
 ) -> Outcome:
     """Write, reload, measure, check the gates, publish."""
     request = prepared.request
-    before, edits, record = operated
+    before, edits = operated.before, operated.edits
     with open_publication(prepared, edits, claim) as publication:
         with write_form(prepared, publication, edits) as written:
             for message in publication.notices:
@@ -128,9 +137,9 @@ def _publish(
         gates = check_gates(prepared.gates, _values(after), _values(before))
         manifest = build_manifest(
             prepared,
-            record,
+            operated.record,
             written.recorded,
-            coverage([(target.stored, target.label) for target in prepared.targets], written.recorded.changes),
+            coverage([(target.stored, target.label) for target in operated.targets], written.recorded.changes),
             metric_records(before, after),
             gates,
             notices.messages,
@@ -165,9 +174,7 @@ class Notices:
         self.progress.notice(message)
 
 
-def _operate(
-    prepared: Prepared, notices: Notices, store: StateStore
-) -> tuple[Measurement, list[Edit], dict[str, object]]:
+def _operate(prepared: Prepared, notices: Notices, store: StateStore) -> _Operated:
     """Load the source, measure it, run the method; the model is dropped on return."""
     from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import measure
@@ -204,7 +211,8 @@ def _operate(
     record = dict(result.record)
     if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
-    return before, list(result.edits), record
+    targets = prepared.targets if result.targets is None else result.targets
+    return _Operated(before, tensor_edits(result.edits), record, targets)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices) -> Mapping[str, SetScores] | None:

@@ -19,13 +19,14 @@ from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
 from llmsurgery.edits.kinds import Edit, LowRank, Replace
+from llmsurgery.errors import UnsupportedError
 from llmsurgery.methods.registry import all_methods
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
 from ..conftest import write_data_files
 
-METHODS = [method.spec.name for method in all_methods()]
+METHODS = {method.spec.name: method.spec for method in all_methods()}
 # Every check below reads the same few runs of a method on a checkpoint; each is made once, when first asked for.
 SETTINGS: dict[str, dict[str, object]] = {
     "lora": {"train": "lora", "roles": "linear"},
@@ -40,6 +41,23 @@ SETTINGS: dict[str, dict[str, object]] = {
         "experts": "2",
     },
 }
+# Methods that move one expert choose what moves by themselves, unless they are told.
+EXPERT_SETTINGS: dict[str, dict[str, object]] = {
+    "full": {},
+    "again": {},
+    "other seed": {},
+    "one expert": {"layers": "1", "experts": "2"},
+}
+CASES = [
+    (method, architecture)
+    for method, spec in METHODS.items()
+    for architecture in (MOE_BUILDERS if spec.one_expert else BUILDERS)
+]
+WAYS = [
+    (method, architecture, way)
+    for method, architecture in CASES
+    for way in (("full",) if METHODS[method].one_expert else ("lora", "full"))
+]
 FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
 
 
@@ -86,7 +104,7 @@ class Runs:
                 seed=1 if name == "other seed" else 0,
                 until="none",
                 guard="none",
-                settings={**FAST, **SETTINGS[name]},
+                settings={**FAST, **(EXPERT_SETTINGS if METHODS[method].one_expert else SETTINGS)[name]},
                 **self.data,
             )
         return Run(self.checkpoints[architecture], out, dict(outcome.manifest), kept)
@@ -136,9 +154,7 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return best
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(("method", "architecture", "train"), WAYS)
 def test_patch_leads_there_and_revert_leads_back(
     method: str, architecture: str, train: str, runs: Runs, tmp_path: Path
 ) -> None:
@@ -153,9 +169,7 @@ def test_patch_leads_there_and_revert_leads_back(
     assert verify(run.out, base=run.source)["save"] == "full"
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(("method", "architecture", "train"), WAYS)
 def test_method_writes_exactly_its_edits(method: str, architecture: str, train: str, runs: Runs) -> None:
     run = runs.get(method, architecture, train)
     assert tree(run.source) == runs.sources[architecture], "the source changed"
@@ -187,9 +201,7 @@ def test_method_writes_exactly_its_edits(method: str, architecture: str, train: 
         assert (run.out / name).read_bytes() == (run.source / name).read_bytes()
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize(("method", "architecture", "train"), WAYS)
 def test_result_reloads_with_the_logits_of_base_plus_edits(
     method: str, architecture: str, train: str, runs: Runs
 ) -> None:
@@ -212,10 +224,9 @@ def test_result_reloads_with_the_logits_of_base_plus_edits(
     assert AutoTokenizer.from_pretrained(run.out).chat_template
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "architecture"), CASES)
 def test_one_seed_gives_one_result(method: str, architecture: str, runs: Runs) -> None:
-    one, two = (runs.get(method, architecture, name) for name in ("lora", "again"))
+    one, two = (runs.get(method, architecture, name) for name in (_first(method), "again"))
     trees = [tree(run.out) for run in (one, two)]
     for files in trees:
         del files["surgery.json"]
@@ -226,10 +237,14 @@ def test_one_seed_gives_one_result(method: str, architecture: str, runs: Runs) -
     assert runs.get(method, architecture, "other seed").manifest["tensors"] != one.manifest["tensors"]
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
+def _first(method: str) -> str:
+    """The run of a method that the others are compared with."""
+    return "full" if METHODS[method].one_expert else "lora"
+
+
+@pytest.mark.parametrize(("method", "architecture"), CASES)
 def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: Runs, tmp_path: Path) -> None:
-    run = runs.get(method, architecture, "lora")
+    run = runs.get(method, architecture, _first(method))
     outcome = unlearn(run.source, method=method, out=tmp_path / "out", dry_run=True, **runs.data)
     assert outcome.out is None
     assert not (tmp_path / "out").exists()
@@ -241,8 +256,7 @@ def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: R
     assert outcome.manifest["bytes_to_rewrite"] == sum(sizes)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "architecture"), [case for case in CASES if not METHODS[case[0]].one_expert])
 def test_training_leaves_untargeted_roles_alone(method: str, architecture: str, runs: Runs) -> None:
     run = runs.get(method, architecture, "one tensor")
     old, new = stored(run.source), stored(run.out)
@@ -267,3 +281,13 @@ def test_one_expert_and_its_router_are_edited_as_stored(method: str, architectur
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
     assert changed <= planned
+
+
+@pytest.mark.parametrize("method", [method for method, spec in METHODS.items() if spec.one_expert])
+@pytest.mark.parametrize("architecture", ["sharded_llama", "gpt2"])
+def test_methods_of_experts_refuse_models_without(
+    method: str, architecture: str, checkpoints: dict[str, Path], runs: Runs, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="routed experts") as caught:
+        unlearn(checkpoints[architecture], method=method, out=tmp_path / "out", **runs.data)
+    assert caught.value.exit_code == 4
