@@ -95,14 +95,19 @@ def unlearn_smollm2(result: dict[str, Any]) -> str:
                 cells.append("")
         lines.append([name, *cells])
     record = result["operation"]["record"]
+    source = result["operation"].get("guard", {"source": "none"})["source"]
+    effect = {
+        "none": "`--guard none`: the neighbours go with the forget rows; that is FLAT with forget data alone.",
+        "self": "`--guard self`, the default: questions drawn from the model keep the neighbours.",
+    }[source]
     text = (
         "The model's own greedy answers: 12 questions forgotten (`forget`), 48 of the same form never shown\n"
-        "(`retain`). `--guard none`: the neighbours go with the forget rows; that is FLAT with forget data alone.\n"
+        f"(`retain`). {effect}\n"
         f"{record['steps']} steps (stopped by: {record['stopped']}), {result['cost']['seconds']:.0f} s, peak memory "
         f"{result['cost']['rss_bytes'] / 2**30:.1f} GiB, scored in {result['operation']['dtype']}.\n"
     )
     header = ["metric", "before", "after", "bf16 before, ours / outside", "bf16 after, ours / outside"]
-    return "## FLAT on SmolLM2-135M-Instruct\n\n" + text + "\n" + rows(header, lines)
+    return f"## FLAT on SmolLM2-135M-Instruct, `--guard {source}`\n\n" + text + "\n" + rows(header, lines)
 
 
 def guard(result: dict[str, Any]) -> str:
@@ -116,7 +121,100 @@ def guard(result: dict[str, Any]) -> str:
     return "## The guard\n\n" + text + "\n" + rows(["run", *names, "steps", "seconds"], lines)
 
 
-SECTIONS = {"startup": startup, "flat_step": flat_step, "unlearn_smollm2": unlearn_smollm2, "guard_demo": guard}
+def kill_resume(result: dict[str, Any]) -> str:
+    """Return the section on killed and resumed runs."""
+    places = ["training", "writing and measuring", "after publishing"]
+    lines = []
+    for place in places:
+        kills = [row for row in result["kills"] if row["killed"] == place]
+        good = sum(row["equal"] and not row["left_over"] for row in kills)
+        lines.append([place, str(len(kills)), str(good)])
+    text = (
+        f"`kill -9` at {len(result['kills'])} random moments of a FLAT run on the demo, then `--resume`: how many\n"
+        "ended in the bytes of the uninterrupted run (weights, side files, manifest without times and paths).\n"
+    )
+    return "## Killed and resumed\n\n" + text + "\n" + rows(["killed in", "runs", "equal bytes"], lines)
+
+
+def patches(result: dict[str, Any]) -> str:
+    """Return the section on patches and undo data."""
+    lines = []
+    for name, row in result["edits"].items():
+        same = row["applied_equal"] and row["reverted_equal"] and row["applied_and_reverted_equal"]
+        lines.append(
+            [
+                name,
+                str(row["tensors"]),
+                f"{row['changed_bytes'] / 1e6:.1f} MB",
+                f"{row['patch_bytes'] / 1e3:.1f} KB",
+                f"{row['undo_bytes'] / 1e3:.0f} KB ({row['undo_bytes'] / row['changed_bytes']:.0%})",
+                f"{row['apply_seconds']:.1f} / {row['revert_seconds']:.1f} s",
+                "bit for bit" if same else "DIFFERENT",
+            ]
+        )
+    text = f"{result['model']}, {result['weight_bytes'] / 1e6:.0f} MB of weights in bf16.\n"
+    header = [
+        "edit",
+        "tensors",
+        "changed",
+        "patch",
+        "undo (of the changed bytes)",
+        "apply / revert",
+        "apply and revert",
+    ]
+    return "## Patches\n\n" + text + "\n" + rows(header, lines)
+
+
+def conformance(result: dict[str, Any]) -> str:
+    """Return the section on methods and architectures."""
+    methods = sorted(result["methods"])
+    architectures = list(dict.fromkeys(name for row in result["methods"].values() for name in row))
+    lines = []
+    for name in architectures:
+        cells = []
+        for method in methods:
+            cell = result["methods"][method].get(name)
+            count = "" if cell is None else f"{cell['passed']} in {cell['seconds']:.1f} s"
+            cells.append(count + (f", {cell['failed']} FAILED" if cell and cell["failed"] else ""))
+        lines.append([f"`{name}`", *cells])
+    text = "Checks passed on a tiny checkpoint of each architecture: plan, coverage, bytes, reload, revert, seed.\n"
+    return "## Conformance\n\n" + text + "\n" + rows(["checkpoint", *(f"`{m}`" for m in methods)], lines)
+
+
+def guard_curves() -> str:
+    """Return the section on the trade-off curves, one row per curve, from all results."""
+    goals = (0.5, 0.3, 0.2, 0.15)
+    lines, last = [], None
+    for file in sorted(RESULTS.glob("guard_curve-2*.json")):
+        last = json.loads(file.read_text())
+        cells = []
+        for goal in goals:
+            point = next((point for point in last["curve"] if point["forget"] <= goal), None)
+            cells.append(
+                "" if point is None else "{forget:.2f} / {neighbours:.2f} / {ppl:.3f} ({step})".format(**point)
+            )
+        lines.append([last["name"], *cells])
+    if last is None:
+        return ""
+    text = (
+        "FLAT on SmolLM2-135M-Instruct, its own answers, 12 forgotten and 48 unseen neighbours, in fp32: kept share\n"
+        "of the token probability of the forget rows / of the neighbours / perplexity ratio (step), where the forget\n"
+        "rows first fall to the share in the column's head.\n"
+    )
+    header = ["run", *(f"to {goal}x" for goal in goals)]
+    return "## The guard's trade-off\n\n" + text + "\n" + rows(header, lines) + "\n\n" + machine(last) + "\n"
+
+
+SECTIONS = {
+    "startup": startup,
+    "flat_step": flat_step,
+    "unlearn_smollm2": unlearn_smollm2,
+    "unlearn_smollm2_guard": unlearn_smollm2,
+    "guard_demo": guard,
+    "patches": patches,
+    "kill_resume": kill_resume,
+    "conformance": conformance,
+}
 
 
 def main() -> None:
@@ -126,6 +224,8 @@ def main() -> None:
         result = newest(name)
         if result is not None:
             parts.append(f"{section(result)}\n\n{machine(result)}\n")
+        if name == "guard_demo":
+            parts.append(guard_curves())
     Path(__file__).with_name("README.md").write_text("\n".join(parts))
 
 

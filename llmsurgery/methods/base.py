@@ -69,7 +69,7 @@ class Operation:
         seed: Seed of everything random.
         progress: Told of long work.
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
-        statistics: Where statistics of the source model are kept.
+        statistics: Where statistics of the source model are kept; None keeps none.
     """
 
     structure: Structure
@@ -80,7 +80,7 @@ class Operation:
     seed: int
     progress: Progress
     training: Session
-    statistics: StatisticsCache
+    statistics: StatisticsCache | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Importance:
         micro_batch: Rows per forward, or None for a small number.
         memory: GiB of maps at once.
         strict: As for `row_weights`.
-        statistics: Where the weights are kept for the next run.
+        statistics: Where the weights are kept for the next run; None keeps none.
         progress: Told of every row.
     """
 
@@ -101,7 +101,7 @@ class Importance:
     micro_batch: int | None
     memory: float
     strict: bool
-    statistics: StatisticsCache
+    statistics: StatisticsCache | None
     progress: Progress
 
     def row_weights(self, targets: Sequence[RoleTensor]) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ class Importance:
         found: dict[str, torch.Tensor] = {}
         wanted: dict[str, int] = {}
         for target in targets:
-            kept = self.statistics.load({**key, "module": target.module})
+            kept = None if self.statistics is None else self.statistics.load({**key, "module": target.module})
             if kept is not None:
                 found[target.module] = kept["d"]
             else:
@@ -127,7 +127,8 @@ class Importance:
                 )
                 for module in modules:
                     found[module] = row_weights(forget.pop(module), retain.pop(module), self.strict).cpu()
-                    problem = problem or self.statistics.save({**key, "module": module}, {"d": found[module]})
+                    if self.statistics is not None and not problem:
+                        problem = self.statistics.save({**key, "module": module}, {"d": found[module]})
         if problem:
             self.progress.notice(f"importance is not kept for the next run: {problem}")
         return found

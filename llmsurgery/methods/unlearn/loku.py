@@ -104,6 +104,8 @@ class Loku:
         export="plain",
         trained=True,
         until="forget.token_prob<=0.2x",
+        # Its factors start large, and so do the changes that a step of some size makes.
+        lr_scale=0.5,
         presets={
             "paper": {
                 "rank": 16,
