@@ -29,6 +29,9 @@ from llmsurgery.train.trainable import Trainable
 StepLoss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss over the rows with these indices; called once per micro-batch."""
 
+BeginStep = Callable[[Sequence[int]], None]
+"""Takes the rows of a whole step before its first micro-batch."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -36,7 +39,7 @@ class TrainingResult:
 
     Attributes:
         steps: Optimizer steps taken.
-        stopped: "until", "max_steps" or "epochs".
+        stopped: "until", "max_steps", "epochs", or the reason that the loss gave.
         first_loss: Loss of the first step.
         last_loss: Loss of the last step.
         seconds: Wall time of this process.
@@ -89,7 +92,14 @@ def planned_steps(config: TrainingConfig, rows: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def train(trainable: Trainable, loss: StepLoss, rows: int, config: TrainingConfig, session: Session) -> TrainingResult:
+def train(
+    trainable: Trainable,
+    loss: StepLoss,
+    rows: int,
+    config: TrainingConfig,
+    session: Session,
+    begin: BeginStep | None = None,
+) -> TrainingResult:
     """Minimise a loss over rows, from a kept state of this stage if there is one.
 
     Args:
@@ -99,6 +109,7 @@ def train(trainable: Trainable, loss: StepLoss, rows: int, config: TrainingConfi
         rows: Number of rows to draw from.
         config: Hyperparameters.
         session: Seed, micro-batch, stop rule, guard and kept states of the run.
+        begin: Told of each step's rows, for a loss that draws or counts over a whole step.
 
     Raises:
         InputError: There are no rows.
@@ -109,8 +120,9 @@ def train(trainable: Trainable, loss: StepLoss, rows: int, config: TrainingConfi
         raise InputError("there are no rows to train on", "the forget set is empty after encoding", "")
     if config.lr is None:
         raise SurgeryError("the step size was not settled before training")
-    loop = _Loop(trainable, rows, config, config.lr, session)
+    loop = _Loop(trainable, rows, config, config.lr, session, begin)
     session.stage += 1
+    session.ended = ""
     started = time.perf_counter()
     with session.progress.task("training", loop.steps) as tick:
         if loop.step:
@@ -132,10 +144,18 @@ def train(trainable: Trainable, loss: StepLoss, rows: int, config: TrainingConfi
 class _Loop:
     """The moving parts of one call of `train`; everything that a state must hold is an attribute."""
 
-    def __init__(self, trainable: Trainable, rows: int, config: TrainingConfig, lr: float, session: Session) -> None:
+    def __init__(
+        self,
+        trainable: Trainable,
+        rows: int,
+        config: TrainingConfig,
+        lr: float,
+        session: Session,
+        begin: BeginStep | None,
+    ) -> None:
         from accelerate import Accelerator
 
-        self.trainable, self.config, self.session = trainable, config, session
+        self.trainable, self.config, self.session, self.begin = trainable, config, session, begin
         self.steps = planned_steps(config, rows)
         self.batch_size = min(config.batch_size, rows)
         # A check scores every row once; forward and backward of a step cost about four times a forward of its rows.
@@ -184,6 +204,8 @@ class _Loop:
         if self.step == 0 and self.saved is None:
             self.due = self._snapshot()
         drawn = self.sampler.draw(self.batch_size)
+        if self.begin is not None:
+            self.begin(drawn)
         micro_batch = session.micro_batch or self.batch_size
         value = _accumulate(self.accelerator.backward, loss, drawn, micro_batch, self.step)
         if session.guard is not None and self.guard_sampler is not None:
@@ -199,9 +221,11 @@ class _Loop:
         self.first_loss = value if self.step == 0 else self.first_loss
         self.last_loss = value
         self.step += 1
-        due = self.step % self.check_every == 0 or self.step == self.steps
+        due = self.step % self.check_every == 0 or self.step == self.steps or session.ended
         if due and session.reached is not None and session.reached(self.trainable.autocast):
             self.stopped = "until"
+        elif session.ended:
+            self.stopped = session.ended
         elif self.step == self.steps:
             self.stopped = self._end()
         if self.stopped or (config.save_every and self.step % config.save_every == 0):
