@@ -273,6 +273,8 @@ def byte_layer(result: dict[str, Any]) -> str:
         "that differ in a byte, of 290. `misrounded`: entries of the edited one, of 45 million, that are not the\n"
         "exact result rounded once. mergekit doubles the matrix, an edit that its configuration can name.\n"
         f"`apply` imports {heavy}.\n"
+        f"Other jobs ran on the machine's other core meanwhile; these runs had priority {result['nice']} on\n"
+        "theirs. Times of one command differ by up to 1.7 times from run to run: read the ranges.\n"
     )
     return "## One matrix of 13.5 GB\n\n" + text + "\n" + rows(header, lines)
 
