@@ -10,6 +10,7 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.run.prepare import Prepared
 
 if TYPE_CHECKING:
+    from llmsurgery.data.records import Row
     from llmsurgery.evaluate.figures import Measurement
 
 NF4_BLOCK = 64
@@ -31,6 +32,31 @@ class Notices:
         """Tell the user, and remember."""
         self.messages.append(message)
         self.progress.notice(message)
+
+
+def warn_of_overlap(prepared: Prepared, notices: Notices) -> None:
+    """Say so where rows that are to be forgotten are to be kept as well: training then pulls at them both ways."""
+    forget = prepared.rows.get("forget", ())
+    for name in ("retain", "guard"):
+        kept: dict[str, set[str]] = {}
+        for row in prepared.rows.get(name, ()):
+            kept.setdefault(_asked(row), set()).add(_words(row.answer))
+        asked = [row for row in forget if _asked(row) in kept]
+        same = sum(_words(row.answer) in kept[_asked(row)] for row in asked)
+        if asked:
+            notices.notice(
+                f"{len(asked)} of {len(forget)} rows of --forget have a prompt that --{name} has too, {same} of them "
+                "with the same answer: they are to be forgotten and kept at once; take them out of one file"
+            )
+
+
+def _asked(row: Row) -> str:
+    """Return what a row asks; a passage of text asks for itself."""
+    return _words(row.prompt or row.answer)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def warn_of_spill(before: Measurement, after: Measurement, notices: Notices) -> None:

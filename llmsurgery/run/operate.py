@@ -13,7 +13,7 @@ from llmsurgery.edits.kinds import File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import Changes, Written
-from llmsurgery.run.notices import Notices, warn_of_nf4
+from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
@@ -49,6 +49,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     for name, count in prepared.measured.skipped.items():
         notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")
     warn_of_nf4(prepared, notices)
+    warn_of_overlap(prepared, notices)
     set_seeds(request.seed)
     with memory_errors():
         retained = _score_retain_model(prepared, notices, rows)

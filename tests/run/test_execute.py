@@ -272,3 +272,17 @@ def test_eval_refuses_a_source_with_another_tokenizer(
     byte_tokenizer(merges=[("t", "h")]).save_pretrained(other)
     assert run(["eval", str(checkpoints["tied_llama"]), "--source", str(other)]) == 2
     assert "different tokenizers" in capsys.readouterr().err
+
+
+def test_rows_to_forget_and_to_keep_are_counted(
+    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data_files["forget"].read_text().splitlines()]
+    kept = [rows[0] | {"question": f" {rows[0]['question'].upper()}"}, rows[1] | {"answer": "something else"}]
+    retain = tmp_path / "both.jsonl"
+    retain.write_text(data_files["retain"].read_text() + "".join(json.dumps(row) + "\n" for row in kept))
+    both = flat(checkpoints["tied_llama"], {"forget": data_files["forget"], "retain": retain}, tmp_path / "both")
+    words = f"2 of {len(rows)} rows of --forget have a prompt that --retain has too, 1 of them with the same answer"
+    assert any(notice.startswith(words) for notice in both["notices"])
+    apart = flat(checkpoints["tied_llama"], data_files, tmp_path / "apart")
+    assert not any("kept at once" in notice for notice in apart["notices"])
