@@ -73,13 +73,19 @@ def encode_with_templates(
         raise InputError("no forget row can be trained on", "every passage has fewer than four tokens", "")
 
     # The longest pair of all fails here rather than in the middle of training.
-    longest = max(templates, key=lambda template: encoder.encode(Row("text", "", template)).labels)
+    longest = max(
+        templates, key=lambda template: encoder.encode(Row("text", "", template, where=_place(template))).labels
+    )
     pair(max(range(len(forget)), key=lambda i: forget[i].answer_start), longest)
     preferred = [row.preferred for row in origins]
     for number, answer in enumerate(preferred):
         if answer is not None:
             pair(number, answer)
     return TemplateRows(forget, templates, pair, preferred)
+
+
+def _place(template: str, shown: int = 40) -> str:
+    return f"template answer {template[:shown] + ('...' if len(template) > shown else '')!r}"
 
 
 def load_templates(name: str) -> list[str]:

@@ -19,6 +19,9 @@ NF4_BLOCK = 64
 RETAIN_WARNING = 0.05
 """A retain score that falls by more than this share is worth a notice."""
 
+PERPLEXITY_WARNING = 1.5
+"""A perplexity that grows by more than this factor is worth a notice."""
+
 
 class Notices:
     """Passes progress through and keeps the notices for the manifest."""
@@ -60,12 +63,17 @@ def _words(text: str) -> str:
 
 
 def warn_of_spill(before: Measurement, after: Measurement, notices: Notices) -> None:
-    """Say so where retain figures fell with the forget figures."""
+    """Say so where retain figures fell with the forget figures, or ordinary text suffered."""
     name = "retain.token_prob"
     if name in before.figures:
         earlier, later = before.figures[name].number, after.figures[name].number
         if earlier > 0 and later < (1 - RETAIN_WARNING) * earlier:
             notices.notice(f"{name} fell by {1 - later / earlier:.0%}: the operation reached beyond the forget set")
+    ratio = after.figures.get("utility.ppl_ratio")
+    if ratio is not None and ratio.value is not None and ratio.value > PERPLEXITY_WARNING:
+        notices.notice(
+            f"utility.ppl_ratio is {ratio.value:.4g}: ordinary text suffered; lower the step size or strength"
+        )
 
 
 def warn_of_rounding(

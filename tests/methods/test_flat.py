@@ -139,6 +139,7 @@ def test_templates_longer_than_the_bound_fail_before_training(tmp_path: Path) ->
             config(templates=str(path)), Encoder(byte_tokenizer(), 256), {"forget": [Row("qa", "Who?", "Nobody.")]}
         )
     assert caught.value.exit_code == 3
+    assert str(caught.value).startswith("template answer 'word word")
 
 
 def test_template_lists_are_found_by_name_or_path(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from llmsurgery import SurgeryError, unlearn
 from llmsurgery.cli.app import run
+from llmsurgery.compute.progress import Silent
 from llmsurgery.errors import NoEffectError, UsageError
+from llmsurgery.evaluate.figures import Measurement
+from llmsurgery.evaluate.intervals import Figure
+from llmsurgery.run.notices import Notices, warn_of_spill
 
 FAST = {"max_steps": 2, "lr": 0.01, "eval.generate": False}
 
@@ -286,3 +290,14 @@ def test_rows_to_forget_and_to_keep_are_counted(
     assert any(notice.startswith(words) for notice in both["notices"])
     apart = flat(checkpoints["tied_llama"], data_files, tmp_path / "apart")
     assert not any("kept at once" in notice for notice in apart["notices"])
+
+
+def test_a_ruined_model_is_said_to_be_one() -> None:
+    def measured(ratio: float) -> Measurement:
+        return Measurement({"utility.ppl_ratio": Figure(ratio, 40, None)})
+
+    notices = Notices(Silent())
+    warn_of_spill(measured(1.0), measured(1.2), notices)
+    assert not notices.messages
+    warn_of_spill(measured(1.0), measured(30.0), notices)
+    assert notices.messages[0].startswith("utility.ppl_ratio is 30: ordinary text suffered")
