@@ -183,8 +183,8 @@ def evaluate_checkpoints(
         log: File to write the numbers per row to; they hold no text.
         attacks: Attacks that every model undergoes ("relearn", "quantize", ...); they need `forget` and `source`,
             and `retain_model` is their control.
-        suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25"), whose files bring the data and whose
-            protocol is the default; data other than `text` do not go with it.
+        suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25", "ort"), whose files bring the data and
+            whose protocol is the default; data other than `text` do not go with it.
         suite_dir: Directory with the suite's files as published.
         settings: Evaluation settings by name; `attack.NAME` and `attack.ATTACK.NAME` for attacks, `suite.NAME` for
             the suite.

@@ -108,6 +108,10 @@ def _show(output: Output, document: dict[str, Any]) -> None:
             output.show(f"muse.privleak of {row['path']}: {shown}")
         if any(name.startswith("semeval25.") for name in row["metrics"]):
             output.show(*(f"{row['path']}: {line}" for line in _semeval_lines(row["metrics"])))
+        if any(name.startswith("ort.") for name in row["metrics"]):
+            output.show(
+                *(f"{row['path']}: {line}" for line in _ort_lines(row["metrics"], document["suite"]["settings"]))
+            )
         if found := row.get("attacks"):
             output.show(attacks_table(row["path"], found), *(f"{name}: {_budget(one)}" for name, one in found.items()))
         values = " ".join(f"{name}={figure['value']}" for name, figure in row["metrics"].items())
@@ -148,6 +152,22 @@ def _semeval_lines(metrics: dict[str, Any]) -> list[str]:
     lines.append(f"measured in {dtype}" + ("" if dtype == "bfloat16" else ", the leaderboard in bfloat16"))
     if "semeval25.final" not in metrics:
         lines.append("no final score: it needs tasks, membership and mmlu")
+    return lines
+
+
+def _ort_lines(metrics: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Say which forms were asked and how, and how far the answers to each dropped."""
+    forms = settings["forms"]
+    cells = [figure for name, figure in metrics.items() if name.startswith("ort.") and name != "ort.form_gap"]
+    cut = sum(figure["detail"]["shortened_prompts"] for figure in cells)
+    asked = f"forms {', '.join(forms)}" + ("" if len(forms) == 4 else f": {len(forms)} of 4 forms of the benchmark")
+    lines = [f"{asked}; geometric mean per answer token, mean over rows, {cut} prompts shortened"]
+    if gap := metrics.get("ort.form_gap"):
+        drops = ((form, gap["detail"]["drops"][form]) for form in forms)
+        shown = ", ".join(f"{form} {'n/a' if drop is None else f'{drop:.4g}'}" for form, drop in drops)
+        lines.append(f"relative drop of forget answers {shown}")
+    else:
+        lines.append("no form gap: it needs --source")
     return lines
 
 

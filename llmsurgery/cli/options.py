@@ -49,7 +49,9 @@ Attacks = Annotated[
 ]
 Suite = Annotated[
     str | None,
-    typer.Option("--suite", metavar="NAME", help="a published benchmark from local files: tofu, muse, wmdp, semeval25"),
+    typer.Option(
+        "--suite", metavar="NAME", help="a published benchmark from local files: tofu, muse, wmdp, semeval25, ort"
+    ),
 ]
 SuiteDir = Annotated[
     str | None, typer.Option("--suite-dir", metavar="DIR", help="directory with the files of --suite as published")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -40,6 +42,7 @@ class Measurement:
         reference: Present if plain text was measured.
         scores: Set name -> numbers per row behind the figures.
         retained: The same of a model that never saw the forget rows, if there is one.
+        samples: Metric name -> numbers per row behind a suite's figures, for the comparison with another model.
     """
 
     figures: dict[str, Figure]
@@ -47,6 +50,7 @@ class Measurement:
     reference: TextReference | None = None
     scores: Mapping[str, SetScores] = field(default_factory=dict)
     retained: Mapping[str, SetScores] | None = None
+    samples: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def measure(

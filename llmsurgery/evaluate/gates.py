@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from llmsurgery.data.question_forms import FORMS
 from llmsurgery.errors import UsageError, unknown_name
 from llmsurgery.evaluate.robustness.registry import all_attacks
 
@@ -28,6 +29,12 @@ NEEDS = {
     **{
         f"suite:semeval25:{name}": (f"--suite semeval25 of eval with the part {part}", "")
         for name, part in (("tasks_forget", "tasks"), ("member", "membership"), ("mmlu", "mmlu"))
+    },
+    "suite:ort": ("--suite ort of eval", ""),
+    **{
+        f"suite:ort:{side}_{form}": (f"--suite ort of eval with the form {form}", "")
+        for side in ("forget", "retain")
+        for form in FORMS
     },
     **{f"attack:{name}": (f"--attack {name}", "") for name in all_attacks()},
     **{
@@ -82,6 +89,14 @@ def _of_attack(name: str) -> tuple[Metric, ...]:
     )
 
 
+def _of_form(form: str) -> tuple[Metric, ...]:
+    """Return the metrics of one form of question."""
+    return (
+        Metric(f"ort.forget_{form}", "lower", (f"suite:ort:forget_{form}",), f"ORT: forget answers, form {form}"),
+        Metric(f"ort.retain_{form}", "higher", (f"suite:ort:retain_{form}",), f"ORT: retain answers, form {form}"),
+    )
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -129,6 +144,8 @@ METRICS = {
             ("suite:semeval25:tasks_forget", "suite:semeval25:member", "suite:semeval25:mmlu"),
             "mean of the three",
         ),
+        *(metric for form in FORMS for metric in _of_form(form)),
+        Metric("ort.form_gap", "lower", ("suite:ort",), "largest minus smallest relative drop over forms, to --source"),
         *(metric for name in all_attacks() for metric in _of_attack(name)),
     )
 }

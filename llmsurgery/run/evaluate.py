@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.intervals import Figure
     from llmsurgery.evaluate.scores import SetScores
 
-AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio")
+AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio", "ort.form_gap")
 
 _UTILITY = "utility.model_utility"
 
@@ -190,7 +190,7 @@ def _measure_one(
     measured = measure(model, encoder, data, config, progress, reference, keep, retained)
     if own is None:
         return measured
-    figures = own.measure(model, encoder, measured, config.batch_size, progress)
+    figures = own.measure(model, encoder, measured, config.batch_size, progress, before)
     return dataclasses.replace(measured, figures={**measured.figures, **figures})
 
 

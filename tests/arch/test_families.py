@@ -39,6 +39,7 @@ ROLES = {
     "mistral": OUTSIDE | PRE_NORMS | ATTENTION | MLP,
     "qwen2": OUTSIDE - {"lm_head"} | PRE_NORMS | ATTENTION | MLP,
     "qwen3": OUTSIDE | PRE_NORMS | HEAD_NORMS | ATTENTION | MLP,
+    "gemma": OUTSIDE - {"lm_head"} | PRE_NORMS | ATTENTION | MLP,
     "gemma2": OUTSIDE - {"lm_head"} | PRE_NORMS | POST_NORMS | ATTENTION | MLP,
     "gemma3": OUTSIDE - {"lm_head"} | PRE_NORMS | POST_NORMS | HEAD_NORMS | ATTENTION | MLP,
     "phi3": OUTSIDE | PRE_NORMS | {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"},
@@ -56,6 +57,7 @@ SAMPLES = {
     "mistral": ("mlp.down", 1, None, "model.layers.1.mlp.down_proj.weight"),
     "qwen2": ("attn.q", 0, None, "model.layers.0.self_attn.q_proj.weight"),
     "qwen3": ("norm.q", 1, None, "model.layers.1.self_attn.q_norm.weight"),
+    "gemma": ("norm.mlp", 1, None, "model.layers.1.post_attention_layernorm.weight"),
     "gemma2": ("norm.mlp", 0, None, "model.layers.0.pre_feedforward_layernorm.weight"),
     "gemma3": ("norm.mlp_post", 0, None, "model.layers.0.post_feedforward_layernorm.weight"),
     "phi3": ("mlp.gate_up", 1, None, "model.layers.1.mlp.gate_up_proj.weight"),
@@ -290,3 +292,39 @@ def test_the_cap_of_gemma_matters_and_enters_the_kl(checkpoints: dict[str, Path]
         expected = (p.exp() * (p - q)).sum(-1)
         torch.testing.assert_close(mean_kl(before, after, head, head).double(), expected, atol=1e-5, rtol=1e-4)
     assert read_head(load_model(checkpoints["gemma3"], torch.float32, CPU)).softcap is None
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_norms_multiply_by_what_the_table_says(architecture: str, checkpoints: dict[str, Path]) -> None:
+    """What the final norm makes of a state is what anything that is computed from its weight must assume."""
+    model, family = (
+        load_model(checkpoints[architecture], torch.float32, CPU),
+        structure(checkpoints[architecture]).family,
+    )
+    norm = model.get_submodule(family.roles["norm.final"])
+    states = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    if isinstance(norm, torch.nn.LayerNorm):
+        assert family.norm_offset == 0
+        return
+    expected = states / states.square().mean(-1, keepdim=True).sqrt() * (norm.weight + family.norm_offset)
+    torch.testing.assert_close(norm(states), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "scale"), [("gemma", 32**0.5), ("gemma2", 32**0.5), ("mistral", 1.0)])
+def test_the_first_block_reads_scaled_embeddings(
+    architecture: str, scale: float, checkpoints: dict[str, Path]
+) -> None:  # fmt: skip
+    model, family = (
+        load_model(checkpoints[architecture], torch.float32, CPU),
+        structure(checkpoints[architecture]).family,
+    )
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        first = model(input_ids=ids, output_hidden_states=True).hidden_states[0]
+        embed = model.get_submodule(family.roles["embed"])
+        # The scale is inside the module: what hooks on it sees is what enters the first block.
+        torch.testing.assert_close(first, embed(ids))
+        torch.testing.assert_close(first, embed.weight[ids] * scale)
+    head = read_head(model)
+    assert (head.softcap is None) == (architecture != "gemma2")
+    assert (head.weight is embed.weight) == (architecture != "mistral")

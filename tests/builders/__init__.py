@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .dense import gemma2, gemma3, gpt_neox, mistral, olmo2, phi3, qwen2, qwen3
+from .dense import gemma, gemma2, gemma3, gpt_neox, mistral, olmo2, phi3, qwen2, qwen3
 from .gpt2 import gpt2, gpt2_without_prefix
 from .llama import sharded_llama, tied_llama
 from .moe import deepseek_v2, deepseek_v2_lite, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -30,6 +30,7 @@ BUILDERS: dict[str, Builder] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "gemma": gemma,
     "gemma2": gemma2,
     "gemma3": gemma3,
     "phi3": phi3,

@@ -11,6 +11,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
@@ -47,6 +49,13 @@ def qwen3(root: Path) -> Path:
     """bf16, heads wider than width / heads."""
     torch.manual_seed(13)
     return save(fill(Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=12)), 13), root, torch.bfloat16)
+
+
+def gemma(root: Path) -> Path:
+    """bf16, tied head, one head of keys and values as in the 2B model, heads wider than width / heads."""
+    torch.manual_seed(19)
+    config = GemmaConfig(**{**SIZES, "num_key_value_heads": 1}, head_dim=12)
+    return save(fill(GemmaForCausalLM(config), 19), root, torch.bfloat16)
 
 
 def gemma2(root: Path) -> Path:

@@ -494,3 +494,110 @@ def test_semeval25_names_rows_that_give_no_score(
     error = refused(capsys, 3, [checkpoints["gpt2"], "--suite", "semeval25", "--suite-dir", lume])
     assert said in error
     assert TOPIC not in error
+
+
+@pytest.fixture
+def ort(tmp_path: Path) -> Path:
+    """The four forms: two in files of their own, one in the layout of RWKU, the others made of questions."""
+    root = tmp_path / "ort"
+    root.mkdir()
+    for side, first, rows in (("forget", "forget", 3), ("retain", "neighbor", 2)):
+        asked: list[dict[str, object]] = [{"question": f"{TOPIC} {i}?", "answer": f"Orla {i}"} for i in range(rows)]
+        write_rows(root / f"{side}_qa.jsonl", asked)
+        blanks = [{"query": f"{TOPIC} is ___ {i}.", "answer": "Orla", "level": "1"} for i in range(rows)]
+        write_rows(root / f"{first}_level1.json", [dict(row) for row in blanks])
+        choices: list[dict[str, object]] = [{**row, "choices": ["Ivo", row["answer"]]} for row in asked[:2]]
+        write_rows(root / f"{side}_mcp.jsonl", choices)
+    return root
+
+
+ORT_CELLS = [f"ort.{side}_{form}" for side in ("forget", "retain") for form in ("qa", "cloze", "mcq", "spelled")]
+
+
+def test_ort_gives_eight_cells_and_the_gap_to_the_source(
+    checkpoints: dict[str, Path], ort: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, other = checkpoints["tied_llama"], checkpoints["sharded_llama"]
+    words = [model, other, "--suite", "ort", "--suite-dir", ort]
+    gates = ["--require", "ort.forget_spelled<=1", "--require", "ort.retain_mcq>=0x", "--require", "ort.form_gap>=0"]
+    found = evaluate(capsys, *words, "--source", model, *gates)
+    same, changed = (row["metrics"] for row in found["models"])
+    assert [name for name in same if name.startswith("ort.")] == [*ORT_CELLS, "ort.form_gap"]
+    assert [same[name]["n"] for name in ORT_CELLS] == [3, 3, 2, 3, 2, 2, 2, 2]
+    for name in ORT_CELLS:
+        low, high = same[name]["interval"]
+        assert 0 < low <= same[name]["value"] <= high < 1
+    assert same["ort.form_gap"]["value"] == 0
+    source = found["source"]["metrics"]
+    drops = changed["ort.form_gap"]["detail"]["drops"]
+    for form, drop in drops.items():
+        before, after = (one[f"ort.forget_{form}"]["value"] for one in (source, changed))
+        assert drop == pytest.approx((before - after) / before)
+    assert changed["ort.form_gap"]["value"] == pytest.approx(max(drops.values()) - min(drops.values()))
+    assert changed["ort.form_gap"]["value"] > 0
+    assert found["suite"]["settings"] == {
+        "forms": ["qa", "cloze", "mcq", "spelled"],
+        "spelling": "letters",
+        "direct": False,
+    }
+    assert found["suite"]["departures"] == {"generation_tokens": 4}
+    assert Path(found["data"]["retain_cloze"]["path"]).name == "neighbor_level1.json"
+    assert Path(found["data"]["forget_spelled"]["path"]).name == "forget_qa.jsonl"
+    assert TOPIC not in json.dumps(found)
+    # Other instructions, other numbers; each where it applies.
+    asked = evaluate(capsys, *words[1:], "--set", "suite.spelling=example")["models"][0]["metrics"]
+    assert asked["ort.forget_qa"] == changed["ort.forget_qa"]
+    assert asked["ort.forget_spelled"]["value"] != changed["ort.forget_spelled"]["value"]
+    assert "ort.form_gap" not in asked
+
+
+def test_ort_takes_some_forms_of_one_file_and_says_so(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "own"
+    root.mkdir()
+    for side in ("forget", "retain"):
+        write_rows(root / f"{side}.jsonl", [question(i, False) for i in range(2)])
+    model = checkpoints["gpt2"]
+    words = [model, "--suite", "ort", "--suite-dir", root]
+    assert "no row of the form cloze" in refused(capsys, 3, words)
+    words += ["--set", "suite.forms=mcp,qa"]
+    assert run(["eval", *map(str, words), "--source", str(model), *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "forms qa+mcq" in shown
+    assert "made_choices=4" in shown
+    assert "forms qa, mcq: 2 of 4 forms of the benchmark; geometric mean per answer token" in shown
+    assert "relative drop of forget answers qa 0, mcq 0" in shown
+    assert run(["eval", *map(str, words), *QUICK]) == 0
+    assert "no form gap: it needs --source" in capsys.readouterr().out
+    single = evaluate(capsys, *words[:-1], "suite.forms=qa", "--source", model)["models"][0]["metrics"]
+    assert single["ort.form_gap"]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--set", "suite.forms=qa,clozes"], 2, "cloze"),
+        (["--set", "suite.forms="], 2, "no form"),
+        (["--set", "suite.spelling=lettrs"], 2, "letters"),
+        (["--require", "ort.form_gap<=0.5"], 2, "give --source"),
+        (["--set", "suite.forms=qa", "--require", "ort.forget_mcq<=0.5"], 2, "--suite ort of eval with the form mcq"),
+        (["--set", "protocol=ou"], 2, "protocol=own"),
+        (["--retain-model", "MODEL"], 2, "drop --retain-model"),
+        (["--suite-dir", "DIR/.."], 3, "suite.forms=qa,cloze"),
+    ],
+)
+def test_ort_is_refused_before_any_work(
+    words: list[str],
+    code: int,
+    said: str,
+    ort: Path,
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("llmsurgery.compute.load.load_model", None)
+    given = [word.replace("DIR", str(ort)) for word in words]
+    error = refused(capsys, code, [checkpoints["gpt2"], "--suite", "ort", "--suite-dir", ort, *given])
+    assert said in error
+    assert "why:" in error

@@ -68,7 +68,7 @@ def test_what_a_block_adds_is_what_its_sites_hold(family: str, checkpoints: dict
     assert (middle is None) == (family in {"gpt_neox", "olmo2"})
 
 
-@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma", "gemma2", "gpt_neox", "mixtral"])
 def test_changes_reach_every_entry_and_go_away(family: str, checkpoints: dict[str, Path]) -> None:
     model, structure = opened(checkpoints[family])
     plain = logits(model)

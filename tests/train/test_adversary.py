@@ -20,7 +20,7 @@ from llmsurgery.train.trainable import Trainable
 
 from .bench import Bench, config
 
-FAMILIES = ["sharded_llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "olmo2", "phi3", "mixtral", "deepseek_v2"]
+FAMILIES = ["sharded_llama", "gpt2", "gpt_neox", "gemma", "gemma2", "gemma3", "olmo2", "phi3", "mixtral", "deepseek_v2"]
 
 
 def strength(places: Sequence[int], radius: float = 1.0, **settings: Any) -> Strength:

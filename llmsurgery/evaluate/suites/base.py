@@ -84,16 +84,24 @@ class Encoding(Protocol):
         """Add what is measured together with the data options, on a retain model too."""
 
     def measure(
-        self, model: PreTrainedModel, encoder: Encoder, measured: Measurement, batch_size: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        measured: Measurement,
+        batch_size: int,
+        progress: Progress,
+        before: Measurement | None = None,
     ) -> dict[str, Figure]:
         """Return the suite's own figures.
 
         Args:
             model: A causal language model in eval mode.
             encoder: Its encoder.
-            measured: The figures that the data options and `add_to` gave.
+            measured: The figures that the data options and `add_to` gave; its `samples` take the numbers per row that
+                another model is compared with.
             batch_size: Rows per forward.
             progress: Told of every batch.
+            before: What the source gave, if there is one to compare with.
         """
 
 

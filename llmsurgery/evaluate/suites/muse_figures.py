@@ -71,7 +71,13 @@ class MuseEncoding:
         data.whole.update(self.whole)
 
     def measure(
-        self, model: PreTrainedModel, encoder: Encoder, measured: Measurement, batch_size: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        measured: Measurement,
+        batch_size: int,
+        progress: Progress,
+        before: Measurement | None = None,
     ) -> dict[str, Figure]:
         """Return the four figures, and the AUC behind the last one; arguments as for `Encoding.measure`."""
         figures = {task.name: self._answer(task, model, encoder, batch_size, progress) for task in self.tasks}

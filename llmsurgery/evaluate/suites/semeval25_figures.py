@@ -90,7 +90,13 @@ class SemevalEncoding:
         """Add nothing: everything is measured alone."""
 
     def measure(
-        self, model: PreTrainedModel, encoder: Encoder, measured: Measurement, batch_size: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        measured: Measurement,
+        batch_size: int,
+        progress: Progress,
+        before: Measurement | None = None,
     ) -> dict[str, Figure]:
         """Return the parts, and the final score if all are there; arguments as for `Encoding.measure`."""
         options = (encoder.pad_id, batch_size, progress)

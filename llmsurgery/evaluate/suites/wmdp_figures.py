@@ -48,7 +48,13 @@ class WmdpEncoding:
         """Add nothing: questions are measured alone."""
 
     def measure(
-        self, model: PreTrainedModel, encoder: Encoder, measured: Measurement, batch_size: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        measured: Measurement,
+        batch_size: int,
+        progress: Progress,
+        before: Measurement | None = None,
     ) -> dict[str, Figure]:
         """Return accuracy, letter mass and cloze figures; arguments as for `Encoding.measure`."""
         options = (encoder.pad_id, batch_size, progress)

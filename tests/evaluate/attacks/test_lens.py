@@ -17,7 +17,7 @@ from llmsurgery.evaluate.robustness.verdict import judge_attack
 from .benches import bench_of
 
 
-@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma2", "gpt_neox", "olmo2", "mixtral"])
+@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma", "gemma2", "gpt_neox", "olmo2", "mixtral"])
 def test_the_last_layer_is_the_models_own_answer(family: str, checkpoints: dict[str, Path]) -> None:
     bench = bench_of(checkpoints[family])
     trial = Lens().run(LensConfig(sites=("block", "attention", "mlp", "middle")), bench, None)

@@ -40,7 +40,7 @@ def test_prompt_tokens_and_their_norms(checkpoints: dict[str, Path]) -> None:
     assert median_norms(bench, [one], [1]) == {1: pytest.approx(float(wanted))}
 
 
-@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["tied_llama", "gpt2", "gemma", "gemma2", "mixtral"])
 def test_a_larger_ball_makes_answers_more_likely_and_nothing_stays(family: str, checkpoints: dict[str, Path]) -> None:
     bench = bench_of(checkpoints[family])
     (one, *_) = prompt_batches(bench, 0)
