@@ -16,6 +16,9 @@ import torch
 
 T = TypeVar("T")
 
+THREAD = "forward"
+"""Name of the threads that forwards run in."""
+
 
 class Ended(BaseException):
     """Unwinds a forward that nobody waits for any more; not an `Exception`, so that no handler on its way keeps it."""
@@ -40,7 +43,7 @@ class Call(Generic[T]):
         self._error: BaseException | None = None
         self._ending = False
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
 
     def _run(self) -> None:
         _CURRENT.set(self)

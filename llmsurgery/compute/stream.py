@@ -94,6 +94,11 @@ class StreamedModel:
             module.register_forward_pre_hook(streamed._arrival(number), prepend=True)
         return streamed
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self._structure.layers
+
     def _paths(self) -> list[str]:
         path = blocks_path(self._structure)
         return [f"{path}.{layer}" for layer in range(self._structure.layers)]
@@ -255,7 +260,7 @@ class StreamedModel:
         module = self.model.get_submodule(path)
         if name in module._parameters:
             whole = isinstance(values, torch.nn.Parameter)
-            module._parameters[name] = values if whole else torch.nn.Parameter(values, requires_grad=False)  # type: ignore[assignment]
+            module._parameters[name] = values if whole else torch.nn.Parameter(values, requires_grad=False)
         else:
             module._buffers[name] = values
 
@@ -319,6 +324,7 @@ def run_calls(
     model: PreTrainedModel | StreamedModel,
     calls: Sequence[Callable[[], T]],
     tokens: Sequence[int],
+    steps: Sequence[int],
     progress: Progress,
     name: str,
 ) -> Iterator[T]:
@@ -326,19 +332,20 @@ def run_calls(
 
     Args:
         model: A causal language model.
-        calls: Forwards of it, or of its `model`.
+        calls: Forwards of it, or of what it streams.
         tokens: Tokens of each call's batch, padding included.
-        progress: Told of every call; of every block if the model is streamed.
+        steps: What each call counts in the progress display; if the model is streamed, blocks count instead.
+        progress: Told of every call, or of every block.
         name: Name of the task in the progress display.
     """
     if not isinstance(model, StreamedModel):
-        with progress.task(name, len(calls)) as tick:
-            for call in calls:
+        with progress.task(name, sum(steps)) as tick:
+            for call, count in zip(calls, steps, strict=True):
                 yield call()
-                tick()
+                tick(count)
         return
     windows = model.windows(tokens)
-    with progress.task(name, len(windows) * (model.model.config.get_text_config().num_hidden_layers + 1)) as tick:
+    with progress.task(name, len(windows) * (model.blocks + 1)) as tick:
         for window in windows:
             for result in model.run(calls[window], advanced=tick):
                 assert result is not None
