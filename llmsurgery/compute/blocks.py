@@ -18,8 +18,9 @@ def blocks_path(structure: Structure) -> str:
 
 
 @contextmanager
-def _cut(model: PreTrainedModel, path: str, count: int) -> Iterator[None]:
-    """Let the model have its first `count` blocks alone."""
+def first_blocks(model: PreTrainedModel, structure: Structure, count: int) -> Iterator[None]:
+    """Let the model have its first `count` blocks alone, for the length of a `with` block."""
+    path = blocks_path(structure)
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     whole = model.get_submodule(path)
@@ -61,7 +62,7 @@ def residual_after(
     handle = model.get_submodule(structure.family.roles["norm.final"]).register_forward_pre_hook(catch)
     try:
         with (
-            _cut(model, blocks_path(structure), block + 1),
+            first_blocks(model, structure, block + 1),
             torch.autocast(input_ids.device.type, dtype=autocast, enabled=autocast is not None),
         ):
             backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)

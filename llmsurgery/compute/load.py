@@ -191,15 +191,29 @@ def require_finite_model(model: PreTrainedModel) -> None:
         UsageError: A value is too large for the compute dtype.
     """
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            if parameter.dtype == torch.float16 and not bool(parameter.isnan().any()):
-                raise UsageError(
-                    f"tensor {name} does not fit into float16",
-                    "a value above 65504 becomes infinite there",
-                    "use --dtype bfloat16 or --dtype float32",
-                )
-            raise DamagedError(
-                f"tensor {name} holds NaN or Inf",
-                "no figure or gradient computed with it means anything",
-                "use an undamaged copy of the checkpoint",
+        require_finite_values(name, parameter)
+
+
+def require_finite_values(name: str, values: torch.Tensor) -> None:
+    """Refuse weights with NaN or Inf.
+
+    Args:
+        name: Name of the tensor, for the message.
+        values: Its values in the compute dtype.
+
+    Raises:
+        DamagedError: One is NaN or Inf.
+        UsageError: A value is too large for the compute dtype.
+    """
+    if not bool(torch.isfinite(values).all()):
+        if values.dtype == torch.float16 and not bool(values.isnan().any()):
+            raise UsageError(
+                f"tensor {name} does not fit into float16",
+                "a value above 65504 becomes infinite there",
+                "use --dtype bfloat16 or --dtype float32",
             )
+        raise DamagedError(
+            f"tensor {name} holds NaN or Inf",
+            "no figure or gradient computed with it means anything",
+            "use an undamaged copy of the checkpoint",
+        )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.stream import StreamedModel, in_memory
 from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.evaluate.aggregate import aggregate
 from llmsurgery.evaluate.config import EvaluationConfig, settle
@@ -54,7 +55,7 @@ class Measurement:
 
 
 def measure(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     data: EvaluationData,
     config: EvaluationConfig,
@@ -66,7 +67,7 @@ def measure(
     """Measure a model.
 
     Args:
-        model: A causal language model in eval mode.
+        model: A causal language model in eval mode, loaded or streamed.
         encoder: Its encoder.
         data: Encoded data.
         config: Evaluation settings.
@@ -88,7 +89,7 @@ def measure(
 
 
 def _measure_text(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     texts: list[Encoded],
     config: EvaluationConfig,
@@ -98,7 +99,7 @@ def _measure_text(
     keep: bool,
 ) -> TextReference | None:
     hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
-    head = read_head(model)
+    head = read_head(in_memory(model))
     losses = []
     with torch.inference_mode():
         for states, text in zip(hidden, texts, strict=True):

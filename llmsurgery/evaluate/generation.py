@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmsurgery.compute.generate import generate_batch
+from llmsurgery.compute.generate import generate_batch, own_generation_config
 from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.stream import StreamedModel, in_memory
 from llmsurgery.data.chat import Encoded, Encoder
 
 
 @torch.inference_mode()
 def greedy_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     prompts: Sequence[Encoded],
     new_tokens: int,
@@ -27,7 +29,7 @@ def greedy_answers(
     """Answer prompts greedily.
 
     Args:
-        model: A causal language model in eval mode.
+        model: A causal language model in eval mode; if it is streamed, every new token reads all blocks once.
         encoder: Knows the tokenizer and the end token.
         prompts: Rows up to their answer.
         new_tokens: New tokens at most; fewer where a batch reaches the model's length first.
@@ -46,7 +48,7 @@ def greedy_answers(
 
 @torch.inference_mode()
 def sampled_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     prompts: Sequence[Encoded],
     new_tokens: int,
@@ -75,7 +77,7 @@ def sampled_answers(
 
 
 def _answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     prompts: Sequence[Encoded],
     config: GenerationConfig,
@@ -89,16 +91,32 @@ def _answers(
     config.eos_token_id, config.pad_token_id = ends, encoder.pad_id
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    with progress.task(name, len(prompts)) as tick:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            time = max(len(prompts[i].ids) for i in indices)
-            config.max_new_tokens = max(1, min(new_tokens, encoder.max_length - time))
-            output = generate_batch(model, [prompts[i].ids for i in indices], encoder.pad_id, config)
-            for new, i in zip(output, indices, strict=True):
-                answers[i] = _cut(new, ends, tokenizer)
-            tick(len(indices))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    plain = in_memory(model)
+
+    def call(indices: list[int]) -> Callable[[], list[list[int]]]:
+        own = copy.deepcopy(config)
+        time = max(len(prompts[i].ids) for i in indices)
+        own.max_new_tokens = max(1, min(new_tokens, encoder.max_length - time))
+        return lambda: generate_batch(plain, [prompts[i].ids for i in indices], encoder.pad_id, own)
+
+    # Batches of a streamed model take turns, and each puts its config into the model.
+    with progress.task(name, len(prompts)) as tick, own_generation_config(plain, config):
+        for window in _windows(model, [len(i) * (len(prompts[i[-1]].ids) + new_tokens) for i in batches]):
+            calls = [call(indices) for indices in batches[window]]
+            outputs = model.run(calls) if isinstance(model, StreamedModel) else [one() for one in calls]
+            for indices, output in zip(batches[window], outputs, strict=True):
+                for new, i in zip(output or [], indices, strict=True):
+                    answers[i] = _cut(new, ends, tokenizer)
+                tick(len(indices))
     return answers
+
+
+def _windows(model: PreTrainedModel | StreamedModel, tokens: Sequence[int]) -> Sequence[slice]:
+    """Cut batches into those that run together: one by one in memory, as many as keys and values allow if streamed."""
+    if isinstance(model, StreamedModel):
+        return model.windows([count * model.blocks for count in tokens])
+    return [slice(number, number + 1) for number in range(len(tokens))]
 
 
 def _cut(ids: list[int], ends: Sequence[int], tokenizer: Any) -> str:

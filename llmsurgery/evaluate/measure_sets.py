@@ -8,6 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.stream import StreamedModel
 from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.evaluate.aggregate import SHARES
 from llmsurgery.evaluate.config import EvaluationConfig
@@ -24,12 +25,16 @@ _KNOWLEDGE_STOPS = ("\n\n", "\nQuestion", "Question:")
 
 
 def score_sets(
-    model: PreTrainedModel, encoder: Encoder, data: EvaluationData, config: EvaluationConfig, progress: Progress
+    model: PreTrainedModel | StreamedModel,
+    encoder: Encoder,
+    data: EvaluationData,
+    config: EvaluationConfig,
+    progress: Progress,
 ) -> tuple[dict[str, SetScores], dict[str, list[str]]]:
     """Return the numbers per row, and the greedy answers, of every set.
 
     Args:
-        model: A causal language model in eval mode.
+        model: A causal language model in eval mode, loaded or streamed.
         encoder: Its encoder.
         data: Encoded data.
         config: Settled evaluation settings.
@@ -53,7 +58,11 @@ def score_sets(
 
 
 def score_against(
-    model: PreTrainedModel, encoder: Encoder, data: EvaluationData, config: EvaluationConfig, progress: Progress
+    model: PreTrainedModel | StreamedModel,
+    encoder: Encoder,
+    data: EvaluationData,
+    config: EvaluationConfig,
+    progress: Progress,
 ) -> dict[str, SetScores]:
     """Return what forget figures need of a model that never saw the forget rows: truth ratios and Min-K% scores."""
     scores = {"forget": SetScores()}
@@ -69,7 +78,7 @@ def score_against(
 
 
 def _score_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     encoded: Sequence[Encoded],
     name: str,
@@ -91,7 +100,7 @@ def _score_answers(
 
 
 def _mean_losses(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     rows: Sequence[Encoded],
     task: str,
@@ -103,7 +112,7 @@ def _mean_losses(
 
 
 def _score_alternatives(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     data: EvaluationData,
     name: str,
@@ -127,7 +136,7 @@ def _score_alternatives(
 
 
 def _score_membership(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     whole: Sequence[Encoded],
     name: str,
@@ -146,7 +155,7 @@ def _score_membership(
 
 
 def _answer(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
     data: EvaluationData,
     name: str,

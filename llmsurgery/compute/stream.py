@@ -1,0 +1,357 @@
+"""A causal language model of which only what runs is in memory: blocks are read from disk as a forward reaches them.
+
+Nothing is mapped: tensors are read at their byte offsets into memory that is freed again, so that a limit on memory
+holds. The model itself is the stock one, built without weights; no architecture has code of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.compute.blocks import blocks_path
+from llmsurgery.compute.load import empty_model, require_finite_values
+from llmsurgery.compute.lockstep import Call, Ended, current_call, private_hooks
+from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.view import weight_view
+from llmsurgery.errors import UnsupportedError, UsageError
+
+T = TypeVar("T")
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+WINDOW_BYTES = 512 << 20
+"""Hidden states that wait between blocks at once, if a caller leaves it to `windows`."""
+
+WINDOW_CALLS = 256
+"""Forwards that wait at once: each has a thread."""
+
+_PIECE = 16 << 20
+"""Bytes that are read at once where they are converted, so that a tensor does not stand in memory twice."""
+
+
+class StreamedModel:
+    """A causal language model of which only what runs is in memory.
+
+    A plain forward of `model` works too and reads every block once; `run` takes many through a block before it is
+    dropped. Blocks inside `holding` may be changed; what was changed in them is gone with the `with` block.
+
+    Attributes:
+        model: The stock model. Its embedding is loaded, final norm and head once a forward has reached them, its
+            blocks only while they run.
+        blocks_read: How often a block was read so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, structure: Structure, device: torch.device):
+        self.model = model
+        self.blocks_read = 0
+        self._checkpoint, self._structure, self._device = checkpoint, structure, device
+        self._empty: dict[tuple[str, str], torch.Tensor] = {}
+        self._held: set[int] = set()
+        self._loose: int | None = None
+        self._finite: set[str] = set()
+        self._until: int | None = None
+        self._tail = False
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        structure: Structure,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ) -> StreamedModel:
+        """Open a checkpoint; config, headers and the embedding are read.
+
+        Args:
+            root: Checkpoint directory.
+            structure: Its roles.
+            dtype: Compute dtype.
+            device: Where the model runs.
+            trust_remote_code: Run model code that the checkpoint brings.
+
+        Raises:
+            DamagedError: Stored tensors are missing, unexpected or of the wrong shape, or hold NaN or Inf.
+            UnsupportedError: transformers has no class for it.
+        """
+        checkpoint = Checkpoint.open(root)
+        model = empty_model(root, dtype, trust_remote_code, structure.family.buffers)
+        _fill_constants(model, device)
+        streamed = cls(model, checkpoint, structure, device)
+        streamed._load(
+            [tensor for tensor in structure.tensors if tensor.layer is None and tensor.role.startswith("embed")]
+        )
+        for number, path in enumerate([*streamed._paths(), structure.family.roles["norm.final"]]):
+            module = model.get_submodule(path)
+            module.register_forward_pre_hook(streamed._arrival(number), prepend=True)
+        return streamed
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self._structure.layers
+
+    def _paths(self) -> list[str]:
+        path = blocks_path(self._structure)
+        return [f"{path}.{layer}" for layer in range(self._structure.layers)]
+
+    def _arrival(self, place: int) -> Callable[[torch.nn.Module, object], None]:
+        """Return the hook of a block, or of the final norm, which stands behind the last block."""
+
+        def arrive(_module: torch.nn.Module, _arguments: object) -> None:
+            call = current_call()
+            if call is None:
+                self._leave()
+                self._enter(place)
+                self._loose = place
+            elif self._until is not None and place > self._until:
+                raise Ended
+            else:
+                call.halt(place)
+
+        return arrive
+
+    @contextmanager
+    def holding(self, layers: Iterable[int]) -> Iterator[None]:
+        """Keep some blocks in memory for the length of a `with` block.
+
+        Args:
+            layers: Block numbers.
+        """
+        added: list[int] = []
+        try:
+            for layer in dict.fromkeys(layers):
+                self._require_block(layer)
+                if layer not in self._held:
+                    if self._loose != layer:
+                        self._enter(layer)
+                    self._held.add(layer)
+                    added.append(layer)
+            yield
+        finally:
+            for layer in added:
+                self._held.discard(layer)
+                self._drop(layer)
+            if self._loose in added:
+                self._loose = None
+
+    def run(
+        self, calls: Sequence[Callable[[], T]], until: int | None = None, advanced: Callable[[], None] | None = None
+    ) -> list[T | None]:
+        """Run forwards in lockstep: each block is read once for all of them.
+
+        Args:
+            calls: Each runs one forward of `model` on one batch, in inference mode and in a thread of its own; they
+                take turns, so that no two run at once. A hook that a call registers sees this call alone; a hook
+                registered before `run` sees all. A call that runs several forwards has the blocks read again.
+            until: End every forward behind this block, with the result None; later blocks, the final norm and the
+                head are not read. None: run to the end.
+            advanced: Called when all forwards have left a block.
+
+        Returns:
+            What the calls returned, in their order.
+
+        Raises:
+            UsageError: `until` is not a block of the model.
+            BaseException: The first that a call raised; all threads have ended by then.
+        """
+        if until is not None:
+            self._require_block(until)
+        self._leave()
+        self._until = until
+        threads = [Call(work, self._device) for work in calls]
+        try:
+            with private_hooks(self.model):
+                for thread in threads:
+                    thread.advance()
+                self._sweep(threads, advanced)
+        finally:
+            for thread in threads:
+                thread.end()
+            self._until = None
+        return [thread.result for thread in threads]
+
+    def _sweep(self, threads: Sequence[Call[T]], advanced: Callable[[], None] | None) -> None:
+        """Go over the blocks until no forward waits for one."""
+        place = 0
+        while waiting := sorted({thread.place for thread in threads if thread.place is not None}):
+            # Forwards that begin anew wait for an earlier block.
+            place = next((number for number in waiting if number >= place), waiting[0])
+            self._enter(place)
+            try:
+                for thread in threads:
+                    if thread.place == place:
+                        thread.advance()
+            finally:
+                self._drop(place)
+            if advanced is not None:
+                advanced()
+
+    def windows(self, tokens: Sequence[int], limit: int = WINDOW_BYTES) -> list[slice]:
+        """Cut a sequence of calls into parts whose hidden states fit into memory together.
+
+        Args:
+            tokens: Tokens of each call's batch, padding included.
+            limit: Bytes of hidden states.
+        """
+        width = self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+        result, start, total = [], 0, 0
+        for number, count in enumerate(tokens):
+            # What goes into a block, and what the residual adds to it.
+            total += 2 * width * count
+            if number > start and (total > limit or number - start >= WINDOW_CALLS):
+                result.append(slice(start, number))
+                start, total = number, 2 * width * count
+        return [*result, slice(start, len(tokens))] if len(tokens) else []
+
+    def load_head(self) -> None:
+        """Load the final norm and the head, if they are not there yet; they stay."""
+        if not self._tail:
+            outside = [tensor for tensor in self._structure.tensors if tensor.layer is None]
+            self._load([tensor for tensor in outside if not tensor.role.startswith("embed")])
+            self._tail = True
+
+    def _require_block(self, layer: int) -> None:
+        if not 0 <= layer < self._structure.layers:
+            raise UsageError(
+                f"layer {layer} does not exist", f"the model has layers 0 to {self._structure.layers - 1}", ""
+            )
+
+    def _enter(self, place: int) -> None:
+        """Have a block in memory; behind the last one the final norm and the head."""
+        if place == self._structure.layers:
+            self.load_head()
+        elif place not in self._held:
+            self._load([tensor for tensor in self._structure.tensors if tensor.layer == place])
+            self.blocks_read += 1
+            block = self.model.get_submodule(self._paths()[place])
+            named = [*block.named_parameters(), *block.named_buffers()]
+            if empty := [name for name, tensor in named if tensor.is_meta]:
+                raise UnsupportedError(
+                    f"block {place} has weights without a role, first {empty[0]}",
+                    f"the table of the family {self._structure.family.name} does not name them",
+                    "run the model without streaming",
+                )
+
+    def _leave(self) -> None:
+        """Drop the block that a forward outside of `run` has left behind."""
+        if self._loose is not None:
+            self._drop(self._loose)
+        self._loose = None
+
+    def _drop(self, place: int) -> None:
+        if place == self._structure.layers or place in self._held:
+            return
+        for tensor in self._structure.tensors:
+            if tensor.layer == place:
+                name = tensor.fused.parameter if tensor.fused else tensor.part
+                if (empty := self._empty.get((tensor.module, name))) is not None:
+                    self._put(tensor.module, name, empty)
+
+    def _put(self, path: str, name: str, values: torch.Tensor) -> None:
+        module = self.model.get_submodule(path)
+        if name in module._parameters:
+            whole = isinstance(values, torch.nn.Parameter)
+            module._parameters[name] = values if whole else torch.nn.Parameter(values, requires_grad=False)
+        else:
+            module._buffers[name] = values
+
+    def _load(self, tensors: Sequence[RoleTensor]) -> None:
+        """Read stored tensors to where they lie in the model."""
+        fused: set[tuple[str, str]] = set()
+        for tensor in tensors:
+            place = (tensor.module, tensor.fused.parameter if tensor.fused else tensor.part)
+            empty = self._empty.setdefault(place, getattr(self.model.get_submodule(place[0]), place[1]))
+            if tensor.fused is None:
+                self._put(*place, self._read(tensor, empty.dtype).to(self._device))
+                continue
+            if place not in fused:
+                self._put(*place, torch.empty(empty.shape, dtype=empty.dtype, device=self._device))
+                fused.add(place)
+            weight_view(self.model, tensor).copy_(self._read(tensor, empty.dtype))
+        shared = [(role, target) for role, target in self._structure.tied.items()]
+        for role, target in shared:
+            if any(tensor.role == target for tensor in tensors):
+                roles = self._structure.family.roles
+                source = self.model.get_submodule(roles[target])
+                self.model.get_submodule(roles[role])._parameters["weight"] = source._parameters["weight"]
+
+    def _read(self, tensor: RoleTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a stored tensor on the CPU in a dtype, rounded as transformers rounds it."""
+        info = self._checkpoint.info(tensor.stored)
+        stored = STORED[info.dtype]
+        if stored == dtype or not info.shape:
+            values = torch.from_numpy(self._checkpoint.read(tensor.stored)).view(stored).to(dtype)
+        else:
+            values = torch.empty(info.shape, dtype=dtype)
+            for start, stop in self._checkpoint.row_blocks(tensor.stored, _PIECE):
+                piece = self._checkpoint.read(tensor.stored, start, stop)
+                values[start:stop] = torch.from_numpy(piece).view(stored)
+        if tensor.stored not in self._finite:
+            require_finite_values(tensor.stored, values)
+            self._finite.add(tensor.stored)
+        return values
+
+
+def _fill_constants(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores, rotary frequencies and the like, as stock loading does."""
+    for path, module in model.named_modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        names = [name for name in names if name in module._non_persistent_buffers_set]
+        for name in names:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+        if names:
+            owner, parent = model, path
+            while parent and owner is model:
+                parent = parent.rpartition(".")[0]
+                above = model.get_submodule(parent)
+                owner = above if isinstance(above, PreTrainedModel) else model
+            with torch.no_grad():
+                owner._init_weights(module)
+
+
+def run_calls(
+    model: PreTrainedModel | StreamedModel,
+    calls: Sequence[Callable[[], T]],
+    tokens: Sequence[int],
+    steps: Sequence[int],
+    progress: Progress,
+    name: str,
+) -> Iterator[T]:
+    """Yield the result of each call, each one forward, whether the model is in memory or streamed.
+
+    Args:
+        model: A causal language model.
+        calls: Forwards of it, or of what it streams.
+        tokens: Tokens of each call's batch, padding included.
+        steps: What each call counts in the progress display; if the model is streamed, blocks count instead.
+        progress: Told of every call, or of every block.
+        name: Name of the task in the progress display.
+    """
+    if not isinstance(model, StreamedModel):
+        with progress.task(name, sum(steps)) as tick:
+            for call, count in zip(calls, steps, strict=True):
+                yield call()
+                tick(count)
+        return
+    windows = model.windows(tokens)
+    with progress.task(name, len(windows) * (model.blocks + 1)) as tick:
+        for window in windows:
+            for result in model.run(calls[window], advanced=tick):
+                assert result is not None
+                yield result
+
+
+def in_memory(model: PreTrainedModel | StreamedModel) -> PreTrainedModel:
+    """Return the stock model that a model argument stands for."""
+    return model.model if isinstance(model, StreamedModel) else model
