@@ -109,8 +109,13 @@ def router_inputs(
 
 
 def route(model: PreTrainedModel, router: RoleTensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [tokens, experts], fp32, and chosen experts [tokens, k] of a router as it is now."""
-    logits, _, chosen = model.get_submodule(router.module)(inputs.to(model.device).float())
+    """Return logits [tokens, experts] and chosen experts [tokens, k] of a router as it is now, in its weight's dtype.
+
+    Some families compute in fp32 whatever they are given, the others need their inputs in the dtype of the weight: that
+    of the model before training, fp32 while the router is trained.
+    """
+    module = model.get_submodule(router.module)
+    logits, _, chosen = module(inputs.to(model.device, module.get_parameter(router.part).dtype))
     return logits, chosen
 
 

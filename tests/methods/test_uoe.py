@@ -56,6 +56,17 @@ def test_only_the_chosen_expert_and_its_router_change_on_disk(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3"])
+def test_a_model_in_16_bits_is_unlearned_too(
+    architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = forget(checkpoints[architecture], data_files, tmp_path / "out", {}, dtype="bfloat16")
+    record = manifest["operations"][0]["record"]
+    assert 0 < record["anchor"] < 2
+    assert all(0 <= share <= 1 for share in record["share_of_forget_tokens_sent_there"].values())
+    assert manifest["coverage"][0]["changed"] == 1
+
+
 @pytest.mark.parametrize(
     ("base", "settings"),
     [
