@@ -202,6 +202,8 @@ class _Loop:
         session, config = self.session, self.config
         if self.step == 0 and self.saved is None:
             self.due = self._snapshot()
+        if session.renew_every and self.step % session.renew_every == 0:
+            self.optimizer.state.clear()
         drawn = self.sampler.draw(self.batch_size)
         if self.begin is not None:
             self.begin(drawn)

@@ -44,6 +44,7 @@ class Session:
         reached: Tells whether the stop rule holds on the live model; None without a rule.
         guard: Answers that are not to change; None without a guard.
         store: Where states are kept, so that a killed run can go on; None keeps none.
+        renew_every: Steps after which the optimizer forgets its moments; 0: never.
         random: Random numbers for the method's own use; kept in the state.
         observed: Last value of what the method's loss tells of itself; kept in the state.
         stage: Number of calls of `train` so far.
@@ -56,6 +57,7 @@ class Session:
     reached: StopRule | None = None
     guard: Guard | None = None
     store: StateStore | None = None
+    renew_every: int = 0
     random: random.Random = field(init=False)
     observed: dict[str, float] = field(default_factory=dict)
     stage: int = 0

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llmsurgery import unlearn
 from llmsurgery.arch.spec import Structure
+from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.cli.app import run
 from llmsurgery.data.records import read_rows
 from llmsurgery.errors import UsageError
@@ -76,6 +78,7 @@ def test_recipes_of_the_authors_resolve(preset: str, checkpoints: dict[str, Path
         }[preset]
     )
     assert (chosen.pgd_steps, chosen.model_steps) == (16, 4)
+    assert chosen.fresh_optimizer == (preset not in {"wmdp-rmu", "backdoor"})
 
 
 def test_what_cannot_be(checkpoints: dict[str, Path]) -> None:
@@ -219,6 +222,21 @@ def test_interrupted_run_ends_in_the_same_bytes(
     manifests = [json.loads((out / "surgery.json").read_text()) for out in outs]
     assert record_of(manifests[0]) == record_of(manifests[1])
     assert manifests[0]["tensors"] == manifests[1]["tensors"]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_fresh_optimizer_remembers_no_outer_step(
+    fresh: bool, checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without moments AdamW moves every number by the step size, whatever its gradient: by 1 or 3 of it in 3 steps."""
+    source, lr = checkpoints["gemma2"], 0.001
+    options = {"max_steps": 3, "model_steps": 1, "eps": 0, "lr": lr, "weight_decay": 0, "clip": 0}
+    where = {"train": "full", "roles": "mlp.down", "layers": "1", "fresh_optimizer": fresh}
+    (name,) = forget(source, data_files, tmp_path / "out", **options, **where)["tensors"]
+    before, after = (Checkpoint.open(root).read(name) for root in (source, tmp_path / "out"))
+    steps = np.abs(after.astype(np.float64) - before) / lr
+    whole = np.minimum(np.abs(steps - 1), np.abs(steps - 3)) < 0.01
+    assert (whole.mean() > 0.95) == fresh
 
 
 def test_stop_rule_must_hold_under_attack_too(memorising: Path, tmp_path: Path) -> None:

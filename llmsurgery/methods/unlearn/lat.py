@@ -40,8 +40,9 @@ What differs from the released code (aengusl/latent-adversarial-training at 53ac
 - Its RMU recipe draws a new direction for every batch, here one for the run.
 - Its WMDP recipe runs c = unrelated text under the perturbations of r. Here there is no such text: the preset has
   toward_weight 0 and keeps the benign loss.
-- Left out: a fresh optimizer for each outer step, and the recipe for one book (WHP), whose generic labels need another
-  model.
+- Its jailbreak and WMDP recipes make a new optimizer for each outer step: `fresh_optimizer`, on in their presets. Here
+  one keeps its moments by default.
+- Left out: the recipe for one book (WHP), whose generic labels need another model.
 
 Choices of this project:
 
@@ -105,6 +106,7 @@ _JAILBREAK: Mapping[str, object] = {
     "attack_layers": (EMBEDDING, "8", "16", "24", "30"),
     "eps": 6.0,
     "sft_weight": 1.5,
+    "fresh_optimizer": True,
     "templates": "refusal",
     "max_steps": 400,
 }
@@ -129,6 +131,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "sft_weight": 4.0,
         "batch_size": 4,
         "clip": 0.5,
+        "fresh_optimizer": True,
     },
     "wmdp-rmu": {
         **_WMDP,
@@ -189,6 +192,7 @@ class LatConfig:
     pgd_steps: int = option(16, "steps of the adversary", minimum=1)
     model_steps: int = option(4, "optimizer steps on the rows of one attack", minimum=1)
     refresh_every: int = option(0, "of these steps, how many until a new attack; 0: all of them", minimum=0)
+    fresh_optimizer: bool = option(False, "the optimizer forgets its moments before each outer step")
     until_attacked: bool = option(True, "the stop rule must hold under a fresh attack as well")
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -287,6 +291,7 @@ class Lat:
         from llmsurgery.train.attacked import settled
 
         places = attacked_places(config, operation.structure)
+        operation.training.renew_every = config.model_steps if config.fresh_optimizer else 0
         with ExitStack() as stack:
 
             def make(trainable: Trainable) -> RowLoss:
