@@ -1,4 +1,8 @@
-"""What a method is: a spec, a config, and three functions. No heavy import."""
+"""What a method is: a spec, a config, and three functions. No heavy import.
+
+A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
+also `check_pairs(config, encoder, pairs)`, which raises.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
     from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
     from llmsurgery.train.session import Session
@@ -43,6 +48,7 @@ class MethodSpec:
         forms: Value of the setting `form` -> kind of export, for a method that has several.
         roles: Roles of which a model must have one; empty: any model will do.
         selects: Whether the data decide which of the planned tensors change; the plan is then an upper bound.
+        lacks: Roles that a model must not have.
     """
 
     name: str
@@ -63,6 +69,7 @@ class MethodSpec:
     forms: Mapping[str, str] = field(default_factory=dict)
     roles: tuple[str, ...] = ()
     selects: bool = False
+    lacks: tuple[str, ...] = ()
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -89,6 +96,7 @@ class Operation:
         progress: Told of long work.
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
         statistics: Where statistics of the source model are kept; None keeps none.
+        pairs: What is redirected where.
     """
 
     structure: Structure
@@ -101,6 +109,7 @@ class Operation:
     progress: Progress
     training: Session
     statistics: StatisticsCache | None = None
+    pairs: Sequence[Pair] = ()
 
 
 @dataclass(frozen=True)

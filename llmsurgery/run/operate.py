@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.halving import Halving
     from llmsurgery.evaluate.figures import Measurement, TextReference
+    from llmsurgery.evaluate.redirection import RedirectReference
     from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.state import StateStore
 
@@ -55,6 +56,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         retained = _score_retain_model(prepared, notices, rows)
         source = [_load(prepared, prepared.checkpoint.root)]
         before = _measure(prepared, source[0], notices, rows, keep_reference=True, retained=retained)
+        before = _with_redirection(prepared, source[0], before, None)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -74,6 +76,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 progress=notices,
                 training=session,
                 statistics=make_statistics(prepared),
+                pairs=prepared.pairs,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -84,6 +87,9 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     targets = prepared.targets if result.targets is None else result.targets
     files = [edit for edit in result.edits if isinstance(edit, File)]
     edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File)])
+    if before.redirected is not None:
+        layers = [target.layer for target in targets if target.layer is not None]
+        before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
     return Operated(before, Changes(edits, files), record, targets)
 
 
@@ -124,6 +130,25 @@ def _measure(
             retained,
         )
     )
+
+
+def _with_redirection(
+    prepared: Prepared, model: PreTrainedModel, measured: Measurement, reference: RedirectReference | None
+) -> Measurement:
+    """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
+    from llmsurgery.compute.spots import LoadedModel
+    from llmsurgery.evaluate.redirection import redirect_figures, reference_of
+
+    if not prepared.probes:
+        return measured
+    runner, pad_id = LoadedModel(model, prepared.structure), prepared.encoder.pad_id
+    common = (runner, prepared.structure, prepared.probes, pad_id)
+    if reference is None:
+        blocks = sorted({target.layer for target in prepared.targets if target.layer is not None})
+        reference = reference_of(*common, blocks)
+        measured = dataclasses.replace(measured, redirected=reference)
+    figures = redirect_figures(*common, reference)
+    return dataclasses.replace(measured, figures={**figures, **measured.figures})
 
 
 def _load(prepared: Prepared, path: Path, bundle: bool = False) -> PreTrainedModel:
@@ -175,4 +200,5 @@ def measure_result(
             from llmsurgery.compute.bundle import model_with_processor
 
             model = model_with_processor(model, result.path)
-        return _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
+        after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
+        return _with_redirection(prepared, model, after, before.redirected)

@@ -25,6 +25,8 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
+from llmsurgery.run.pairs import NEED as PAIRS
+from llmsurgery.run.pairs import pair_needs, requested_pairs
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     import torch
 
     from llmsurgery.data.chat import Encoded, Encoder
+    from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.redirection import Probe
 
 DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
 SETS = DATA_NAMES[:-1]
@@ -64,6 +68,8 @@ class Prepared:
         retained: Model that never saw the forget rows, or None.
         guard: "self", "none", or "file" with its rows among `rows`.
         guarding: Resolved guard settings.
+        pairs: What is redirected where.
+        probes: Prompts that tell how far that went.
     """
 
     request: Request
@@ -87,6 +93,8 @@ class Prepared:
     retained: Checkpoint | None
     guard: str
     guarding: GuardConfig
+    pairs: Sequence[Pair] = ()
+    probes: Sequence[Probe] = ()
 
     @property
     def export(self) -> str:
@@ -120,7 +128,9 @@ def prepare(request: Request) -> Prepared:
     files = data_files(method, request)
     if guard not in ("self", "none"):
         files["guard"], guard = Path(guard), "file"
+    pairs = requested_pairs(method, request, files)
     available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
+    available |= pair_needs(pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
@@ -144,18 +154,32 @@ def prepare(request: Request) -> Prepared:
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
-    rows = read_sets(files)
+    rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
     for gate in gates:
         require_data(gate, available | row_needs(rows, evaluation))
-    hashes = {name: data_digest(path, rows[name]) for name, path in files.items()}
+    hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
     measured = encode_for_figures(encoder, rows, evaluation, config)
-    require_known_tokens(measured, structure)
+    probes = encode_pairs(method, config, encoder, pairs)
+    contexts = [context for probe in probes for context in (probe.source, probe.target)]
+    require_known_tokens(measured, structure, [context.encoded for context in contexts])
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained, guard, guarding,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes,
     )  # fmt: skip
+
+
+def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
+    """Let the method check the pairs, and return the prompts that they are measured on."""
+    if not pairs:
+        return []
+    from llmsurgery.evaluate.redirection import make_probes
+
+    check = getattr(method, "check_pairs", None)
+    if check is not None:
+        check(config, encoder, pairs)
+    return make_probes(encoder, pairs)
 
 
 def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
@@ -223,7 +247,17 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
         for name in (*method.spec.needs, *method.spec.uses, "retain", "text"):
             files.setdefault(name, world_path(f"{name}.jsonl"))
     for name in method.spec.needs:
-        if name not in files:
+        if name == PAIRS and request.concepts is not None:
+            # Two texts in place of the file, also in place of the demo's.
+            if PAIRS not in request.data:
+                files.pop(PAIRS, None)
+        elif name not in files:
+            if name == PAIRS:
+                raise UsageError(
+                    "--from and --to are missing",
+                    f"{method.spec.name} redirects one concept to another",
+                    "give --from TEXT --to TEXT, or --pairs FILE; or no MODEL to see the demo",
+                )
             raise UsageError(
                 f"--{name} is missing",
                 f"{method.spec.name} needs {', '.join(f'--{need}' for need in method.spec.needs)}",
