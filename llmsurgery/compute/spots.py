@@ -162,8 +162,6 @@ def _forward(
                 else module.register_forward_hook(after(name))
             )
             stack.callback(handle.remove)
-        output = backbone(model)(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-        )
+        output = backbone(model)(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
         final = output.last_hidden_state[rows, lengths.to(model.device) - 1]
     return seen, final

@@ -93,9 +93,7 @@ def _parse(record: object, where: str) -> Pair:
         return _fact({**record, **rewrite}, where)
     if {"from", "to"} <= record.keys():
         names = (_text(record["from"], "from", where), _text(record["to"], "to", where))
-        return _checked(
-            Pair(*names, _texts(record, "aliases", where), _texts(record, "prompts", where), where=where)
-        )
+        return _checked(Pair(*names, _texts(record, "aliases", where), _texts(record, "prompts", where), where=where))
     if {"prompt", "subject"} <= record.keys() and ("target" in record or "target_new" in record):
         return _fact(record, where)
     found = ", ".join(sorted(map(str, record))) or "no key"

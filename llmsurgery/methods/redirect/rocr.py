@@ -229,9 +229,7 @@ class _Writer:
         columns: The names.
     """
 
-    def __init__(
-        self, config: RocrConfig, operation: Operation, runner: Runner, columns: Sequence[Column]
-    ) -> None:
+    def __init__(self, config: RocrConfig, operation: Operation, runner: Runner, columns: Sequence[Column]) -> None:
         self.config, self.operation, self.runner, self.columns = config, operation, runner, columns
         self.protected: dict[int, torch.Tensor] = {}
         self.free: dict[int, dict[str, object]] = {}
@@ -256,9 +254,7 @@ class _Writer:
         values = self._mean([column.values for column in self.columns], None, block)
         return keys, values
 
-    def _mean(
-        self, groups: Sequence[Sequence[Context]], target: RoleTensor | None, block: int | None
-    ) -> torch.Tensor:
+    def _mean(self, groups: Sequence[Sequence[Context]], target: RoleTensor | None, block: int | None) -> torch.Tensor:
         """Return the mean over the contexts of each group [size, groups] of a matrix's input or a block's output."""
         import torch
 
