@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,14 +61,14 @@ class LoadedModel:
     """
 
     def __init__(self, model: PreTrainedModel, structure: Structure) -> None:
-        self.model, self._path = model, blocks_path(structure)
+        self.model, self._structure = model, structure
 
     def run(self, calls: Sequence[Callable[[], T]], until: int | None = None) -> list[T | None]:
         """Run the calls one after the other; blocks after `until` are left out."""
         with torch.inference_mode():
             if until is None:
                 return [call() for call in calls]
-            with first_blocks(self.model, self._path, until + 1):
+            with first_blocks(self.model, self._structure, until + 1):
                 return [call() for call in calls]
 
 
@@ -136,20 +135,16 @@ def _forward(
     rows = torch.arange(len(spots), device=model.device)
     positions = torch.tensor([spot.position for spot in spots], device=model.device)
     seen: dict[tuple[str, int], torch.Tensor] = {}
-    owner = threading.get_ident()
 
     def before(name: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            # Forwards of several threads may go through one module in turn.
-            if threading.get_ident() == owner:
-                seen[name] = arguments[0][rows, positions].float()
+            seen[name] = arguments[0][rows, positions].float()
 
         return hook
 
     def after(name: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _arguments: object, output: object) -> None:
-            if threading.get_ident() == owner:
-                seen[name] = first_tensor(output)[rows, positions].float()
+            seen[name] = first_tensor(output)[rows, positions].float()
 
         return hook
 

@@ -120,9 +120,7 @@ METRICS = {
         Metric("utility.ppl", "lower", ("text",), "perplexity on plain text"),
         Metric("utility.ppl_ratio", "lower", ("text",), "perplexity over the perplexity before"),
         Metric("utility.kl", "lower", ("text",), "KL divergence to the source model on plain text, nats per token"),
-        Metric(
-            "redirect.kl", "lower", ("pairs",), "KL of the source with the new name to the model with the old"
-        ),
+        Metric("redirect.kl", "lower", ("pairs",), "KL of the source with the new name to the model with the old"),
         Metric("redirect.kl_paraphrase", "lower", ("pairs",), "the same in wordings that the edit was not made from"),
         Metric("redirect.kl_alias", "lower", ("pairs", "aliases"), "the same with the aliases of the old name"),
         Metric("redirect.residual", "lower", ("pairs",), "share of the difference of both names left at their end"),
