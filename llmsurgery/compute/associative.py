@@ -146,14 +146,15 @@ def _inner(solved: torch.Tensor, read: torch.Tensor, weight: float) -> torch.Ten
     system.diagonal().add_(weight)
     right, failed = torch.linalg.solve_ex(system, solved.T)
     unit = torch.eye(len(system)).to(system)
-    # Two equal keys leave a pivot of rounding size, which no test of the system finds; then nothing is written as asked.
+    # Two equal keys leave a pivot of rounding size: only what is written shows it.
     if int(failed) or (weight == 0 and not bool(((right @ read - unit).abs() < EXACT).all())):
         raise InputError(
             "the residuals cannot be written at these keys",
             "two keys are the same, or nothing is left of one outside the protected directions",
             "leave out repeated subjects, or raise the regulariser",
         )
-    return right
+    result: torch.Tensor = right
+    return result
 
 
 def written_share(right: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,8 @@ def written_share(right: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         right: Right factor [c, inputs].
         keys: K [inputs, c].
     """
-    return torch.linalg.vecdot(right, keys.to(right).T)
+    shares: torch.Tensor = torch.linalg.vecdot(right, keys.to(right).T)
+    return shares
 
 
 def update_norm(left: torch.Tensor, right: torch.Tensor) -> float:
