@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +13,8 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.compute.blocks import blocks_path, first_blocks
 from llmsurgery.compute.head import backbone
 from llmsurgery.compute.residual import first_tensor
+from llmsurgery.compute.stream import StreamedModel, in_memory
 
-T = TypeVar("T")
 BATCH_ROWS = 32
 
 
@@ -43,37 +42,8 @@ class Seen:
     ends: torch.Tensor | None
 
 
-class Runner(Protocol):
-    """A model that can be run no further than some block."""
-
-    model: PreTrainedModel
-
-    def run(self, calls: Sequence[Callable[[], T]], until: int | None = None) -> Sequence[T | None]:
-        """Run forwards, each a call; `until` is the last block that is needed, None for all of the model."""
-
-
-class LoadedModel:
-    """A model that is in memory as a whole.
-
-    Args:
-        model: A causal language model in eval mode.
-        structure: Its roles.
-    """
-
-    def __init__(self, model: PreTrainedModel, structure: Structure) -> None:
-        self.model, self._structure = model, structure
-
-    def run(self, calls: Sequence[Callable[[], T]], until: int | None = None) -> list[T | None]:
-        """Run the calls one after the other; blocks after `until` are left out."""
-        with torch.inference_mode():
-            if until is None:
-                return [call() for call in calls]
-            with first_blocks(self.model, self._structure, until + 1):
-                return [call() for call in calls]
-
-
 def read_spots(
-    runner: Runner,
+    model: PreTrainedModel | StreamedModel,
     structure: Structure,
     spots: Sequence[Spot],
     pad_id: int,
@@ -85,7 +55,7 @@ def read_spots(
     """Run prompts and keep what is seen at their spots.
 
     Args:
-        runner: The model.
+        model: A causal language model in eval mode, loaded or streamed; of a streamed one later blocks are not read.
         structure: Its roles.
         spots: Prompts and tokens.
         pad_id: Token id for padding, on the right.
@@ -94,7 +64,7 @@ def read_spots(
         ends: Whether the final hidden states of the last tokens are wanted; else later blocks are not run.
         batch_rows: Prompts per forward.
     """
-    model, path = runner.model, blocks_path(structure)
+    plain, path = in_memory(model), blocks_path(structure)
     modules = {("key", int(target.layer or 0)): target.module for target in keys}
     modules |= {("state", block): f"{path}.{block}" for block in blocks}
     until = None if ends else max(layer for _, layer in modules)
@@ -104,13 +74,19 @@ def read_spots(
     last: dict[int, torch.Tensor] = {}
 
     def call(part: Sequence[int]) -> None:
-        seen, final = _forward(model, modules, [spots[i] for i in part], pad_id)
+        seen, final = _forward(plain, modules, [spots[i] for i in part], pad_id)
         for name, values in seen.items():
             found[name].update(zip(part, values, strict=True))
         if ends:
             last.update(zip(part, final, strict=True))
 
-    runner.run([lambda part=part: call(part) for part in parts], until)  # type: ignore[misc]
+    if isinstance(model, StreamedModel):
+        model.run([lambda part=part: call(part) for part in parts], until)  # type: ignore[misc]
+    else:
+        count = structure.layers if until is None else until + 1
+        with torch.inference_mode(), first_blocks(plain, structure, count):
+            for part in parts:
+                call(part)
 
     def stack(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
         return torch.stack([values[i] for i in range(len(spots))])

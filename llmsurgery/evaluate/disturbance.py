@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import Structure
 from llmsurgery.compute.progress import Silent
-from llmsurgery.compute.spots import LoadedModel
 from llmsurgery.data.chat import Encoded
 from llmsurgery.evaluate.likelihood import text_hidden, text_kl
 from llmsurgery.evaluate.redirection import Probe, redirect_figures, reference_of
@@ -21,7 +21,7 @@ class Disturbance:
     """Compares a model with what it was when this was made.
 
     Args:
-        runner: The model.
+        model: A causal language model in eval mode.
         structure: Its roles.
         probes: Prompts with old and new names.
         texts: Ordinary text.
@@ -30,14 +30,14 @@ class Disturbance:
 
     def __init__(
         self,
-        runner: LoadedModel,
+        model: PreTrainedModel,
         structure: Structure,
         probes: Sequence[Probe],
         texts: Sequence[Encoded],
         pad_id: int,
     ) -> None:
-        self._common = (runner, structure, probes, pad_id)
-        self._texts, self._pad_id, self._model = texts, pad_id, runner.model
+        self._common = (model, structure, probes, pad_id)
+        self._texts, self._pad_id, self._model = texts, pad_id, model
         self._reference = reference_of(*self._common, (0,))
         self._hidden = self._read()
         self._before = self._distance()

@@ -44,11 +44,8 @@ class Measurement:
         reference: Present if plain text was measured.
         scores: Set name -> numbers per row behind the figures.
         retained: The same of a model that never saw the forget rows, if there is one.
-<<<<<<< HEAD
         samples: Metric name -> numbers per row behind a suite's figures, for the comparison with another model.
-=======
         redirected: What the source does with the probes of a redirection, if there is one.
->>>>>>> db8885b (Pairs, contexts and figures of redirection; the command)
     """
 
     figures: dict[str, Figure]
@@ -56,11 +53,8 @@ class Measurement:
     reference: TextReference | None = None
     scores: Mapping[str, SetScores] = field(default_factory=dict)
     retained: Mapping[str, SetScores] | None = None
-<<<<<<< HEAD
     samples: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-=======
     redirected: RedirectReference | None = None
->>>>>>> db8885b (Pairs, contexts and figures of redirection; the command)
 
 
 def measure(

@@ -21,16 +21,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import Structure
 from llmsurgery.compute.divergence import divergence
 from llmsurgery.compute.head import Head, read_head
-from llmsurgery.compute.spots import Runner, Spot, read_spots
+from llmsurgery.compute.spots import Spot, read_spots
+from llmsurgery.compute.stream import StreamedModel, in_memory
 from llmsurgery.data.chat import Encoder
 from llmsurgery.data.contexts import HELD_OUT, TEMPLATES, Context, make_context
 from llmsurgery.data.pairs import Pair
 from llmsurgery.evaluate.intervals import Figure, mean_figure
 
+Model = PreTrainedModel | StreamedModel
 METRIC_OF = {"template": "redirect.kl", "paraphrase": "redirect.kl_paraphrase", "alias": "redirect.kl_alias"}
 
 
@@ -100,30 +103,30 @@ def spot_of(context: Context) -> Spot:
 
 
 def reference_of(
-    runner: Runner, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
+    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
 ) -> RedirectReference:
     """Return what the source does with the probes.
 
     Args:
-        runner: The source model.
+        model: The source model, loaded or streamed.
         structure: Its roles.
         probes: The probes.
         pad_id: Token id for padding.
         blocks: Blocks that may be edited.
     """
-    seen = read_spots(runner, structure, [spot_of(probe.target) for probe in probes], pad_id, (), blocks, ends=True)
-    own = _states(runner, structure, probes, pad_id, blocks)
+    seen = read_spots(model, structure, [spot_of(probe.target) for probe in probes], pad_id, (), blocks, ends=True)
+    own = _states(model, structure, probes, pad_id, blocks)
     assert seen.ends is not None
     target = {block: _means(states, probes) for block, states in seen.states.items()}
-    return RedirectReference(read_head(runner.model).clone(), seen.ends, own, target)
+    return RedirectReference(read_head(in_memory(model)).clone(), seen.ends, own, target)
 
 
 def _states(
-    runner: Runner, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
+    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """Return the residual stream at the end of the old name, per block and pair, mean over the templates."""
     chosen = [probe for probe in probes if probe.kind == "template"]
-    seen = read_spots(runner, structure, [spot_of(probe.source) for probe in chosen], pad_id, (), blocks)
+    seen = read_spots(model, structure, [spot_of(probe.source) for probe in chosen], pad_id, (), blocks)
     return {block: _means(states, chosen) for block, states in seen.states.items()}
 
 
@@ -134,36 +137,36 @@ def _means(states: torch.Tensor, probes: Sequence[Probe]) -> torch.Tensor:
 
 
 def redirect_figures(
-    runner: Runner, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
 ) -> dict[str, Figure]:
     """Measure a model against what the source does with the probes.
 
     Args:
-        runner: The model.
+        model: The model, loaded or streamed.
         structure: Its roles.
         probes: The probes that the reference was made with.
         pad_id: Token id for padding.
         reference: What the source does.
     """
     figures: dict[str, Figure] = {}
-    seen = read_spots(runner, structure, [spot_of(probe.source) for probe in probes], pad_id, (), (), ends=True)
+    seen = read_spots(model, structure, [spot_of(probe.source) for probe in probes], pad_id, (), (), ends=True)
     assert seen.ends is not None
     with torch.inference_mode():
-        values = divergence(seen.ends, read_head(runner.model), reference.ends, reference.head).double().tolist()
+        values = divergence(seen.ends, read_head(in_memory(model)), reference.ends, reference.head).double().tolist()
     for kind, metric in METRIC_OF.items():
         if chosen := [value for value, probe in zip(values, probes, strict=True) if probe.kind == kind]:
             figures[metric] = mean_figure(chosen)
-    return figures | _written(runner, structure, probes, pad_id, reference)
+    return figures | _written(model, structure, probes, pad_id, reference)
 
 
 def _written(
-    runner: Runner, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
 ) -> dict[str, Figure]:
     count = len({probe.pair for probe in probes})
     if reference.block is None:
         return {"redirect.residual": mean_figure([1.0] * count), "redirect.strength": mean_figure([0.0] * count)}
     block = reference.block
-    now = _states(runner, structure, probes, pad_id, (block,))[block]
+    now = _states(model, structure, probes, pad_id, (block,))[block]
     before, target = reference.source[block].to(now), reference.target[block].to(now)
     way = target - before
     length = way.norm(dim=1)

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
+    from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
@@ -97,6 +100,9 @@ class Operation:
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
         statistics: Where statistics of the source model are kept; None keeps none.
         pairs: What is redirected where.
+        streamed: The source model read block by block, in place of a loaded one (`model` is its stock model, whose
+            blocks are empty unless they run or are held); None if it is loaded.
+        beside: Directory of what earlier operations kept beside the source; it may not exist.
     """
 
     structure: Structure
@@ -110,6 +116,8 @@ class Operation:
     training: Session
     statistics: StatisticsCache | None = None
     pairs: Sequence[Pair] = ()
+    streamed: StreamedModel | None = None
+    beside: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,13 @@ class MethodResult:
         edits: The edits, in order.
         record: Facts about the run for the manifest (steps, losses, why it stopped).
         targets: The tensors that it chose out of its plan, None for all of them.
+        beside: Small files to be kept beside a whole checkpoint, for later operations on it; name -> content.
     """
 
     edits: Sequence[Edit]
     record: Mapping[str, object]
     targets: Sequence[RoleTensor] | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -12,7 +12,7 @@ from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
-from llmsurgery.run.forms import Changes, Written
+from llmsurgery.run.forms import BESIDE, Changes, Written
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
@@ -77,6 +77,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 training=session,
                 statistics=make_statistics(prepared),
                 pairs=prepared.pairs,
+                beside=prepared.checkpoint.root / BESIDE,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -90,7 +91,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
-    return Operated(before, Changes(edits, files), record, targets)
+    return Operated(before, Changes(edits, files, result.beside), record, targets)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -136,13 +137,11 @@ def _with_redirection(
     prepared: Prepared, model: PreTrainedModel, measured: Measurement, reference: RedirectReference | None
 ) -> Measurement:
     """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
-    from llmsurgery.compute.spots import LoadedModel
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
 
     if not prepared.probes:
         return measured
-    runner, pad_id = LoadedModel(model, prepared.structure), prepared.encoder.pad_id
-    common = (runner, prepared.structure, prepared.probes, pad_id)
+    common = (model, prepared.structure, prepared.probes, prepared.encoder.pad_id)
     if reference is None:
         blocks = sorted({target.layer for target in prepared.targets if target.layer is not None})
         reference = reference_of(*common, blocks)

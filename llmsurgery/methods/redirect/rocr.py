@@ -33,23 +33,19 @@ What differs from the released code (Acruxos/ORT):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
-    import torch
-
     from llmsurgery.arch.spec import RoleTensor, Structure
-    from llmsurgery.compute.spots import Runner
     from llmsurgery.data.chat import Encoder
-    from llmsurgery.data.contexts import Context
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
-    from llmsurgery.edits.kinds import LowRank
+    from llmsurgery.methods.concepts import Column, Free, Written
 
 NOTICE = (
     "redirected names now assert what the model says of their targets: that is misinformation, not a refusal, and "
@@ -58,16 +54,7 @@ NOTICE = (
 WEAK = 0.5
 """Strength below which a layer has written too little to speak of."""
 
-ENOUGH = 0.9
-"""Strength that l2=none asks for."""
-
 POST_NORMS = ("norm.mlp_post",)
-
-REACH = 0.05
-"""Spans whose share of the divergence left differs by no more count as equal in it."""
-
-SPANS, TEXTS, TEXT_TOKENS = 10, 8, 64
-"""Spans that are tried at most, and the ordinary text that they are compared on."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +64,11 @@ class RocrConfig:
     layers: tuple[int, ...] = option((), "layers to edit; empty: the span that reaches the target and disturbs least")
     span: int = option(3, "neighbouring layers that are edited where `layers` is empty", minimum=1)
     l2: float | None = option(None, "lambda; none: the largest of 1, 0.1, ... that writes 90%", minimum=0)
-    tau: float = option(0.02, "eigenvalues of E[k k^T] from which a direction is protected", minimum=0)
+    tau: float = option(0.02, "eigenvalues of E[k k^T] from which a direction is protected; 0: none is", minimum=0)
+    stats_tokens: int = option(8192, "tokens of --text that E[k k^T] is taken over", minimum=1)
+    strict: bool = option(False, "refuse fewer than five tokens per dimension of a key")
     authors_compat: bool = option(False, "read the values in the contexts of the released code, which do not match")
     edit_aliases: bool = option(False, "redirect the aliases of a pair too")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One name with its contexts, and those of the name that it is to mean."""
-
-    name: str
-    keys: list[Context]
-    values: list[Context]
-    targets: list[Context]
-
-
-@dataclass
-class Written:
-    """What a span of layers wrote."""
-
-    edits: list[LowRank] = field(default_factory=list)
-    layers: list[dict[str, object]] = field(default_factory=list)
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    weakest: float = 1.0
-    residual: float = 1.0
 
 
 @register
@@ -143,34 +111,37 @@ class Rocr:
 
     def edit(self, config: RocrConfig, operation: Operation, prepared: None) -> MethodResult:
         """Write the names, layer by layer; without a choice of layers find the span first."""
-        from llmsurgery.compute.spots import LoadedModel
+        from contextlib import nullcontext
+
+        from llmsurgery.methods.concepts import Writer, layer_of
+        from llmsurgery.methods.kept_keys import keys_file, read_keys
+        from llmsurgery.methods.spans import search_span, span_at_depth, spans_to_try
 
         targets = candidates(config, operation.structure)
         columns = make_columns(config, operation.encoder, operation.pairs)
-        writer = _Writer(config, operation, LoadedModel(operation.model, operation.structure), columns)
-        writer.protect(targets)
+        length, layers, streamed = config.span, operation.structure.layers, operation.streamed
+        spans = [list(targets)]
+        if not config.layers:
+            spans = [span_at_depth(targets, length, layers)] if streamed else spans_to_try(targets, length, layers)
+        earlier = read_keys(operation.beside)
+        free = free_of(config, operation, sorted({layer_of(target) for span in spans for target in span}))
+        writer = Writer(operation, columns, free, config.l2, earlier)
+        chosen: Sequence[RoleTensor] = spans[0]
         tried: list[dict[str, object]] = []
-        if config.layers or len(targets) <= config.span:
-            chosen = list(targets)
-        else:
-            chosen, tried = _search(config, operation, writer, targets)
-        written = writer.write(chosen)
-        progress = operation.progress
-        progress.notice(NOTICE)
-        if written.weakest < WEAK:
-            progress.notice(
-                f"a layer wrote {written.weakest:.0%} of its residual (strength below {WEAK:.0%}): "
-                "lower lambda, --set l2=0.1 or 0.01"
-            )
-        if inexact := sorted({context.name for column in columns for context in column.keys if not context.exact}):
-            progress.notice(f"the last token of {', '.join(map(repr, inexact))} holds the start of what follows too")
+        if len(spans) > 1:
+            chosen, tried = search_span(operation, writer, spans)
+        with streamed.holding(map(layer_of, chosen)) if streamed else nullcontext():
+            written = writer.write(chosen)
+        warn(operation, columns, written)
+        by = "search" if tried else "setting" if config.layers else "depth" if streamed else "all there are"
         record: dict[str, object] = {
-            "layers": [target.layer for target in chosen],
-            "chosen_by": "search" if tried else "setting" if config.layers else "all there are",
+            "layers": [layer_of(target) for target in chosen],
+            "layers_by": by,
             "edited": written.layers,
             "residual": written.residual,
+            **({"tried": tried} if tried else {}),
         }
-        return MethodResult(written.edits, record | ({"tried": tried} if tried else {}), chosen)
+        return MethodResult(written.edits, record, chosen, keys_file(earlier, written.keys))
 
 
 def candidates(config: RocrConfig, structure: Structure) -> list[RoleTensor]:
@@ -204,6 +175,7 @@ def make_columns(config: RocrConfig, encoder: Encoder, pairs: Sequence[Pair]) ->
     """
     from llmsurgery.data.contexts import RAW, TEMPLATES, make_context, make_contexts
     from llmsurgery.errors import InputError
+    from llmsurgery.methods.concepts import Column
 
     columns = []
     for pair in pairs:
@@ -219,216 +191,35 @@ def make_columns(config: RocrConfig, encoder: Encoder, pairs: Sequence[Pair]) ->
     return columns
 
 
-class _Writer:
-    """Writes names into the MLPs of a model in memory, and can take it back.
+def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> dict[int, Free]:
+    """Return the directions that ordinary text leaves free in some layers; none is looked for with tau=0."""
+    from llmsurgery.compute.statistics import key_statistics
+    from llmsurgery.methods.concepts import free_directions
 
-    Args:
-        config: The method's config.
-        operation: What the method is given.
-        runner: The model.
-        columns: The names.
-    """
-
-    def __init__(self, config: RocrConfig, operation: Operation, runner: Runner, columns: Sequence[Column]) -> None:
-        self.config, self.operation, self.runner, self.columns = config, operation, runner, columns
-        self.protected: dict[int, torch.Tensor] = {}
-        self.free: dict[int, dict[str, object]] = {}
-
-    def protect(self, targets: Sequence[RoleTensor]) -> None:
-        """Find the directions that ordinary text uses."""
-        from llmsurgery.evaluate.keys import key_second_moment
-
-        operation, encoder = self.operation, self.operation.encoder
-        texts = [encoder.encode_text(row.answer, 256) for row in operation.data.get("text", ())]
-        for target in targets:
-            second = key_second_moment(
-                self.runner.model, target, texts, encoder.pad_id, operation.progress, f"keys of layer {target.layer}"
-            )
-            layer = _layer(target)
-            self.protected[layer], self.free[layer] = protected_basis(second.value(), self.config.tau)
-            self.free[layer]["tokens"] = second.count
-
-    def look(self, target: RoleTensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys [inputs, names] at a layer and the current values [width, names] after a block, fp64."""
-        keys = self._mean([column.keys for column in self.columns], target, None)
-        values = self._mean([column.values for column in self.columns], None, block)
-        return keys, values
-
-    def _mean(self, groups: Sequence[Sequence[Context]], target: RoleTensor | None, block: int | None) -> torch.Tensor:
-        """Return the mean over the contexts of each group [size, groups] of a matrix's input or a block's output."""
-        import torch
-
-        from llmsurgery.compute.spots import Spot, read_spots
-
-        spots = [Spot(context.encoded.ids, context.last) for group in groups for context in group]
-        targets, blocks = [target] if target is not None else [], [block] if block is not None else []
-        pad_id = self.operation.encoder.pad_id
-        seen = read_spots(self.runner, self.operation.structure, spots, pad_id, targets, blocks)
-        (found,) = (seen.keys or seen.states).values()
-        parts = found.double().split([len(group) for group in groups])
-        return torch.stack([part.mean(0) for part in parts], 1).cpu()
-
-    def write(self, targets: Sequence[RoleTensor]) -> Written:
-        """Write the names into some neighbouring layers of the model in memory."""
-        from llmsurgery.edits.kinds import LowRank
-
-        result = Written()
-        last = _layer(targets[-1])
-        wanted = self._mean([column.targets for column in self.columns], None, last)
-        start: torch.Tensor | None = None
-        for number, target in enumerate(targets):
-            layer = _layer(target)
-            keys, values = self.look(target, last)
-            start = values if start is None else start
-            residuals = (wanted - values) / (len(targets) - number)
-            edit, record, shares = self._write_one(target, keys, residuals)
-            result.edits.append(LowRank(target.stored, *edit))
-            result.keys[layer] = keys
-            result.layers.append(record)
-            result.weakest = min(result.weakest, *shares)
-            left = self._mean([column.values for column in self.columns], None, last)
-            result.residual = float(((wanted - left).norm(dim=0) / (wanted - start).norm(dim=0)).mean())
-            record["residual"] = result.residual
-        return result
-
-    def _write_one(
-        self, target: RoleTensor, keys: torch.Tensor, residuals: torch.Tensor
-    ) -> tuple[tuple[Any, Any], dict[str, object], list[float]]:
-        from llmsurgery.compute.associative import oriented, project_out, redirect_factors, update_norm
-        from llmsurgery.compute.live import write_low_rank
-
-        protected = self.protected.get(_layer(target))
-        free = (keys.double() * project_out(keys, protected)).sum(0)
-        l2 = self.config.l2 if self.config.l2 is not None else largest_l2(float(free.min()))
-        left, right = redirect_factors(keys, residuals, protected, l2)
-        u, v = oriented(left, right, target.transposed)
-        stored = self.operation.read(target.stored)
-        added = write_low_rank(self.operation.model, target, stored, u, v, keys)
-        shares = ((added * residuals).sum(0) / residuals.square().sum(0)).tolist()
-        record = {
-            "layer": _layer(target),
-            "lambda": l2,
-            "free_key": free.tolist(),
-            "strength": shares,
-            "norm": update_norm(left, right),
-            **self.free.get(_layer(target), {}),
-        }
-        return (u.numpy(), v.numpy()), record, shares
-
-    def restore(self, targets: Sequence[RoleTensor]) -> None:
-        """Put the stored values back."""
-        import torch
-
-        from llmsurgery.compute.view import weight_view
-
-        for target in targets:
-            weight_view(self.operation.model, target).copy_(torch.from_numpy(self.operation.read(target.stored)))
-
-
-def _layer(target: RoleTensor) -> int:
-    assert target.layer is not None
-    return target.layer
-
-
-def protected_basis(second: torch.Tensor, tau: float) -> tuple[torch.Tensor, dict[str, object]]:
-    """Return the eigenvectors [size, b] of C with eigenvalues of at least tau, and what is said of the choice.
-
-    Where less than half or more than 99.5% of the directions would be free, tau is chosen so that the protected ones
-    hold 99% of the trace.
-
-    Args:
-        second: C [size, size].
-        tau: The threshold.
-    """
-    import torch
-
-    values, vectors = torch.linalg.eigh(second.double())
-    free = int((values < tau).sum())
-    size, chosen = len(values), "given"
-    if tau > 0 and not 0.5 <= free / size <= 0.995:
-        total = values.flip(0).clamp(min=0).cumsum(0)
-        held = int(torch.searchsorted(total, 0.99 * total[-1])) + 1
-        free, chosen = size - held, "99% of the trace"
-        tau = float(values[free])
-    return vectors[:, free:], {"tau": tau, "tau_by": chosen, "free_directions": free, "directions": size}
-
-
-def largest_l2(free: float, enough: float = ENOUGH) -> float:
-    """Return the largest of 1, 0.1, 0.01, ... with free / (lambda + free) of at least `enough`.
-
-    Args:
-        free: k^T P k of the key that has the least of it.
-        enough: The share to be written.
-    """
-    import math
-
-    highest = free * (1 - enough) / enough
-    return 1.0 if highest >= 1 else 10.0 ** math.floor(math.log10(max(highest, 1e-12)))
-
-
-def _search(
-    config: RocrConfig, operation: Operation, writer: _Writer, targets: Sequence[RoleTensor]
-) -> tuple[list[RoleTensor], list[dict[str, object]]]:
-    """Try spans of neighbouring layers and return the best one, and what was found of each.
-
-    Reach is the KL divergence left after the contexts, as a share of that before; what is disturbed is the KL
-    divergence on ordinary text. Spans within REACH of the best reach count as equal in it.
-    """
-    from llmsurgery.compute.spots import LoadedModel
-    from llmsurgery.evaluate.disturbance import Disturbance
-    from llmsurgery.evaluate.redirection import make_probes
-
-    encoder, structure = operation.encoder, operation.structure
-    texts = [encoder.encode_text(row.answer, TEXT_TOKENS) for row in operation.data.get("text", ())]
-    texts = [text for text in texts if len(text.ids) > 8][:TEXTS]
-    probes = [probe for probe in make_probes(encoder, operation.pairs) if probe.kind == "template"]
-    scale = Disturbance(LoadedModel(operation.model, structure), structure, probes, texts, encoder.pad_id)
-    spans = spans_of(targets, config.span, structure.layers)
-    tried: list[dict[str, object]] = []
-    scores: list[tuple[float, float]] = []
-    with operation.progress.task("trying layers", len(spans)) as tick:
-        for span in spans:
-            written = writer.write(span)
-            scores.append(scale.measure())
-            writer.restore(span)
-            tick()
-            tried.append(
-                {
-                    "layers": [target.layer for target in span],
-                    "kl_left": scores[-1][0],
-                    "text_kl": scores[-1][1],
-                    "residual": written.residual,
-                }
-            )
-    best = choose_span(scores)
-    layers = ", ".join(str(target.layer) for target in spans[best])
-    operation.progress.notice(
-        f"layers {layers} are edited: {scores[best][0]:.0%} of the divergence from the target is left, and ordinary "
-        f"text moves by {scores[best][1]:.2g} nats per token"
+    if not config.tau:
+        return {}
+    found = key_statistics(
+        operation.streamed or operation.model,
+        operation.structure,
+        layers,
+        operation.data["text"],
+        operation.encoder,
+        operation.statistics,
+        config.stats_tokens,
+        operation.progress,
+        config.strict,
     )
-    return spans[best], tried
+    return {layer: free_directions(statistics, config.tau) for layer, statistics in found.items()}
 
 
-def spans_of(targets: Sequence[RoleTensor], length: int, layers: int) -> list[list[RoleTensor]]:
-    """Return spans of neighbouring layers in the first two thirds of a model, at most SPANS of them, spread evenly.
-
-    Args:
-        targets: The matrices, in order of layer.
-        length: Layers of a span.
-        layers: Number of blocks of the model.
-    """
-    runs = [list(targets[i : i + length]) for i in range(len(targets) - length + 1)]
-    found = [run for run in runs if _layer(run[-1]) - _layer(run[0]) == length - 1]
-    early = [run for run in found if 3 * _layer(run[-1]) < 2 * layers] or found[:1] or [list(targets)]
-    step = max(1, -(-len(early) // SPANS))
-    return early[::step]
-
-
-def choose_span(scores: Sequence[tuple[float, float]]) -> int:
-    """Return the number of the span that disturbs least, of those that reach about as far as the best.
-
-    Args:
-        scores: Of each span the share of the divergence that is left, and what it does to ordinary text.
-    """
-    least = min(left for left, _ in scores)
-    return min((number for number, (left, _) in enumerate(scores) if left <= least + REACH), key=lambda n: scores[n][1])
+def warn(operation: Operation, columns: Sequence[Column], written: Written) -> None:
+    """Say what a user must know of a redirection."""
+    progress = operation.progress
+    progress.notice(NOTICE)
+    if written.weakest < WEAK:
+        progress.notice(
+            f"a layer wrote {written.weakest:.0%} of its residual, and below {WEAK:.0%} little is redirected: "
+            "a lower lambda writes more, --set l2=0.1 or l2=0.01"
+        )
+    if inexact := sorted({context.name for column in columns for context in column.keys if not context.exact}):
+        progress.notice(f"the last token of {', '.join(map(repr, inexact))} holds the start of what follows too")
