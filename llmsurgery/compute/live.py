@@ -49,5 +49,6 @@ def write_low_rank(
             added += change.T @ at[part]
         else:
             added[part] = change @ at
-        view[part].copy_(torch.from_numpy(after))
+        with torch.no_grad():
+            view[part].copy_(torch.from_numpy(after))
     return torch.from_numpy(added)

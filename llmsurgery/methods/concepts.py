@@ -171,8 +171,9 @@ class Writer:
 
         from llmsurgery.compute.view import weight_view
 
-        for target in targets:
-            weight_view(self.operation.model, target).copy_(torch.from_numpy(self.operation.read(target.stored)))
+        with torch.no_grad():
+            for target in targets:
+                weight_view(self.operation.model, target).copy_(torch.from_numpy(self.operation.read(target.stored)))
 
     def _look(
         self, target: RoleTensor | None, block: int, first: bool = False
