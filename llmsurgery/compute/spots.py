@@ -74,9 +74,11 @@ def read_spots(
     last: dict[int, torch.Tensor] = {}
 
     def call(part: Sequence[int]) -> None:
-        seen, final = _forward(plain, modules, [spots[i] for i in part], pad_id)
-        for name, values in seen.items():
+        def keep(name: tuple[str, int], values: torch.Tensor) -> None:
             found[name].update(zip(part, values, strict=True))
+
+        # A forward that ends behind a block does not come back: its hooks have kept what was seen.
+        final = _forward(plain, modules, [spots[i] for i in part], pad_id, keep)
         if ends:
             last.update(zip(part, final, strict=True))
 
@@ -100,9 +102,13 @@ def read_spots(
 
 
 def _forward(
-    model: PreTrainedModel, modules: Mapping[tuple[str, int], str], spots: Sequence[Spot], pad_id: int
-) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
-    """Run one batch; return what the modules saw at the spots, and the final hidden states of the last tokens."""
+    model: PreTrainedModel,
+    modules: Mapping[tuple[str, int], str],
+    spots: Sequence[Spot],
+    pad_id: int,
+    keep: Callable[[tuple[str, int], torch.Tensor], None],
+) -> torch.Tensor:
+    """Run one batch, keep what the modules see at the spots, and return the final hidden states of the last tokens."""
     lengths = torch.tensor([len(spot.ids) for spot in spots])
     ids = torch.full((len(spots), int(lengths.max())), pad_id, dtype=torch.long)
     for row, spot in enumerate(spots):
@@ -110,17 +116,16 @@ def _forward(
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     rows = torch.arange(len(spots), device=model.device)
     positions = torch.tensor([spot.position for spot in spots], device=model.device)
-    seen: dict[tuple[str, int], torch.Tensor] = {}
 
     def before(name: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            seen[name] = arguments[0][rows, positions].float()
+            keep(name, arguments[0][rows, positions].float())
 
         return hook
 
     def after(name: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, _arguments: object, output: object) -> None:
-            seen[name] = first_tensor(output)[rows, positions].float()
+            keep(name, first_tensor(output)[rows, positions].float())
 
         return hook
 
@@ -134,5 +139,5 @@ def _forward(
             )
             stack.callback(handle.remove)
         output = backbone(model)(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-        final = output.last_hidden_state[rows, lengths.to(model.device) - 1]
-    return seen, final
+    hidden: torch.Tensor = output.last_hidden_state[rows, lengths.to(model.device) - 1]
+    return hidden

@@ -50,6 +50,7 @@ class Disturbance:
 
     def measure(self) -> tuple[float, float]:
         """Return the share of the KL divergence after the prompts that is left, and the KL divergence on the text."""
+        assert self._reference.head is not None
         moved = text_kl(self._hidden, self._read(), self._reference.head, self._model)
         spilled = float(np.concatenate(moved).mean())
         return self._distance() / self._before, spilled

@@ -59,15 +59,15 @@ class RedirectReference:
     """What the source model does with the probes; later models are compared with it.
 
     Attributes:
-        head: The source's head.
-        ends: Its final hidden states after the prompts with the new name [probes, width].
+        head: The source's head; None if later blocks were not run.
+        ends: Its final hidden states after the prompts with the new name [probes, width]; None likewise.
         source: Block -> residual stream at the end of the old name, mean over the templates [pairs, width].
         target: The same of the new name.
         block: The last edited block; None before that is known.
     """
 
-    head: Head
-    ends: torch.Tensor
+    head: Head | None
+    ends: torch.Tensor | None
     source: dict[int, torch.Tensor]
     target: dict[int, torch.Tensor]
     block: int | None = None
@@ -103,7 +103,12 @@ def spot_of(context: Context) -> Spot:
 
 
 def reference_of(
-    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
+    model: Model,
+    structure: Structure,
+    probes: Sequence[Probe],
+    pad_id: int,
+    blocks: Sequence[int],
+    whole: bool = True,
 ) -> RedirectReference:
     """Return what the source does with the probes.
 
@@ -113,12 +118,13 @@ def reference_of(
         probes: The probes.
         pad_id: Token id for padding.
         blocks: Blocks that may be edited.
+        whole: Run the model to its end; else distributions cannot be compared later.
     """
-    seen = read_spots(model, structure, [spot_of(probe.target) for probe in probes], pad_id, (), blocks, ends=True)
+    seen = read_spots(model, structure, [spot_of(probe.target) for probe in probes], pad_id, (), blocks, ends=whole)
     own = _states(model, structure, probes, pad_id, blocks)
-    assert seen.ends is not None
     target = {block: _means(states, probes) for block, states in seen.states.items()}
-    return RedirectReference(read_head(in_memory(model)).clone(), seen.ends, own, target)
+    head = read_head(in_memory(model)).clone() if whole else None
+    return RedirectReference(head, seen.ends, own, target)
 
 
 def _states(
@@ -148,15 +154,26 @@ def redirect_figures(
         pad_id: Token id for padding.
         reference: What the source does.
     """
-    figures: dict[str, Figure] = {}
+    figures = {} if reference.ends is None else _distances(model, structure, probes, pad_id, reference)
+    return figures | _written(model, structure, probes, pad_id, reference)
+
+
+def _distances(
+    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+) -> dict[str, Figure]:
+    """Return the KL divergences of the distributions after the prompts."""
     seen = read_spots(model, structure, [spot_of(probe.source) for probe in probes], pad_id, (), (), ends=True)
     assert seen.ends is not None
+    assert reference.ends is not None
+    assert reference.head is not None
+    figures: dict[str, Figure] = {}
     with torch.inference_mode():
-        values = divergence(seen.ends, read_head(in_memory(model)), reference.ends, reference.head).double().tolist()
+        head = read_head(in_memory(model))
+        values = divergence(seen.ends, head, reference.ends, reference.head).double().tolist()
     for kind, metric in METRIC_OF.items():
         if chosen := [value for value, probe in zip(values, probes, strict=True) if probe.kind == kind]:
             figures[metric] = mean_figure(chosen)
-    return figures | _written(model, structure, probes, pad_id, reference)
+    return figures
 
 
 def _written(

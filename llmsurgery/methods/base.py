@@ -52,6 +52,7 @@ class MethodSpec:
         roles: Roles of which a model must have one; empty: any model will do.
         selects: Whether the data decide which of the planned tensors change; the plan is then an upper bound.
         lacks: Roles that a model must not have.
+        streams: Whether it can run on a model that is read block by block, and plans from headers alone.
     """
 
     name: str
@@ -73,6 +74,7 @@ class MethodSpec:
     roles: tuple[str, ...] = ()
     selects: bool = False
     lacks: tuple[str, ...] = ()
+    streams: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""

@@ -15,6 +15,7 @@ from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import BESIDE, Changes, Written
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.streamed import measure_streamed, operate_streamed
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     from llmsurgery.compute.device import lean_allocator, memory_errors, set_seeds
 
     request = prepared.request
+    if prepared.evaluation.figures == "edit":
+        return operate_streamed(prepared, notices)
     if prepared.method.spec.trained:
         lean_allocator(sum(info.size for info in prepared.checkpoint.tensors.values()), prepared.device)
     for name, count in prepared.measured.skipped.items():
@@ -189,6 +192,8 @@ def measure_result(
         raise DamagedError(
             "the written checkpoint has other tensors than its source", "it was changed while written", ""
         )
+    if prepared.evaluation.figures == "edit":
+        return measure_streamed(prepared, path, before)
     with memory_errors():
         model = _load(prepared, path, result.export == "bundle")
         if result.export == "adapter":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmsurgery.data.pairs import Pair, make_pair, read_pairs
 from llmsurgery.errors import UsageError
+from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.methods.base import Method
 from llmsurgery.run.request import Request
 
@@ -43,3 +44,17 @@ def pair_needs(pairs: Sequence[Pair]) -> set[str]:
     """Return the needs of metrics that the pairs meet."""
     names = [pair for pair in pairs if not pair.prompt]
     return ({NEED} if names else set()) | ({"aliases"} if any(pair.aliases for pair in names) else set())
+
+
+def require_figures(method: Method, evaluation: EvaluationConfig) -> None:
+    """Refuse eval.figures=edit where there is nothing that the edited blocks alone would show.
+
+    Raises:
+        UsageError: The method cannot run on a streamed model.
+    """
+    if evaluation.figures == "edit" and not method.spec.streams:
+        raise UsageError(
+            f"{method.spec.name} has no eval.figures=edit",
+            "it needs the whole model, or its figures do",
+            "drop the setting",
+        )

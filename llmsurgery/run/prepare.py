@@ -26,7 +26,7 @@ from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
-from llmsurgery.run.pairs import pair_needs, requested_pairs
+from llmsurgery.run.pairs import pair_needs, requested_pairs, require_figures
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -124,13 +124,13 @@ def prepare(request: Request) -> Prepared:
     request = dataclasses.replace(request, batch_size=parse_batch_size(request.batch_size))
     method = find_method(request.method, request.task)
     config, evaluation, guarding = split_settings(method, request)
+    require_figures(method, evaluation)
     guard = guard_source(method, request)
     files = data_files(method, request)
     if guard not in ("self", "none"):
         files["guard"], guard = Path(guard), "file"
     pairs = requested_pairs(method, request, files)
-    available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
-    available |= pair_needs(pairs)
+    available = available_needs(files, evaluation, request, pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
@@ -144,12 +144,7 @@ def prepare(request: Request) -> Prepared:
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
     check_quantize(request.quantize, method, config, structure)
     targets = method.plan(config, structure)
-    if other := [target for target in targets if target.dtype not in FLOAT]:
-        raise UnsupportedError(
-            f"tensor {other[0].stored} is stored as {other[0].dtype}",
-            f"only {', '.join(sorted(FLOAT))} weights can be edited",
-            "",
-        )
+    check_editable(targets)
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
@@ -160,7 +155,7 @@ def prepare(request: Request) -> Prepared:
     hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
-    measured = encode_for_figures(encoder, rows, evaluation, config)
+    measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
     probes = encode_pairs(method, config, encoder, pairs)
     contexts = [context for probe in probes for context in (probe.source, probe.target)]
     require_known_tokens(measured, structure, [context.encoded for context in contexts])
@@ -168,6 +163,30 @@ def prepare(request: Request) -> Prepared:
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes,
     )  # fmt: skip
+
+
+def available_needs(
+    files: Mapping[str, Path], evaluation: EvaluationConfig, request: Request, pairs: Sequence[Pair]
+) -> set[str]:
+    """Return the needs of metrics that are met, those that the rows themselves meet left out."""
+    if evaluation.figures == "edit":
+        return pair_needs(pairs)
+    given = {name for name in DATA_NAMES if name in files} | {"whole"}
+    return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(pairs)
+
+
+def check_editable(targets: Sequence[RoleTensor]) -> None:
+    """Refuse tensors whose stored dtype cannot be edited.
+
+    Raises:
+        UnsupportedError: Names the first.
+    """
+    if other := [target for target in targets if target.dtype not in FLOAT]:
+        raise UnsupportedError(
+            f"tensor {other[0].stored} is stored as {other[0].dtype}",
+            f"only {', '.join(sorted(FLOAT))} weights can be edited",
+            "",
+        )
 
 
 def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
@@ -267,9 +286,23 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     return files
 
 
-def _stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:
-    if request.until is not None and not method.spec.trained:
+def check_untrained(method: Method, request: Request) -> None:
+    """Refuse options that only training has, of a method that does not train.
+
+    Raises:
+        UsageError: One was given.
+    """
+    guard_source(method, request)
+    if method.spec.trained:
+        return
+    if request.until is not None:
         raise UsageError(f"{method.spec.name} has no --until", "it does not train", "drop --until")
+    if request.quantize != "none":
+        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
+
+
+def _stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:
+    check_untrained(method, request)
     if request.until == "none":
         return None
     if (kind := method.spec.export_of(config)) != "plain":

@@ -326,3 +326,43 @@ def test_what_rounds_away_is_no_effect(checkpoints: dict[str, Path], tmp_path: P
             checkpoints["sharded_llama"], method="rocr", source=OLD, target=NEW, out=tmp_path / "out",
             settings=settings(l2=1e9),
         )  # fmt: skip
+
+
+def test_streamed_blocks_give_the_edit_of_the_loaded_model(
+    checkpoints: dict[str, Path], tmp_path: Path, random_llama: Path
+) -> None:
+    for number, source in enumerate((random_llama, checkpoints["gpt2"], checkpoints["sharded_llama"])):
+        options: dict[str, Any] = {"method": "rocr", "source": OLD, "target": NEW}
+        own = settings(layers="1", l2=1e-2)
+        loaded = manifest_of(redirect(source, out=tmp_path / f"loaded-{number}", settings=own, **options))
+        streamed = manifest_of(
+            redirect(source, out=tmp_path / f"streamed-{number}", settings={**own, "eval.figures": "edit"}, **options)
+        )
+        assert streamed["tensors"] == loaded["tensors"]
+        assert set(streamed["metrics"]) == {"redirect.residual", "redirect.strength"}
+        for name, metric in streamed["metrics"].items():
+            for when in ("before", "after"):
+                assert metric[when]["value"] == pytest.approx(loaded["metrics"][name][when]["value"], rel=1e-6)
+
+
+def test_streamed_runs_read_no_later_block(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    original = Checkpoint.read
+
+    def spy(self: Checkpoint, name: str, *more: Any) -> Any:
+        read.add(name)
+        return original(self, name, *more)
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    own = settings(**{"span": 2, "l2": 1e-2, "eval.figures": "edit"})
+    outcome = redirect(random_llama, method="rocr", source=OLD, target=NEW, out=tmp_path / "out", settings=own)
+    record = manifest_of(outcome)["operations"][0]["record"]
+    assert (record["layers"], record["layers_by"]) == ([1, 2], "depth")
+    layers = {int(name.split(".")[2]) for name in read if name.startswith("model.layers.")}
+    assert layers == {0, 1, 2}
+    assert "lm_head.weight" not in read
+    with pytest.raises(UsageError, match="whole model"):
+        redirect(
+            random_llama, method="rocr", source=OLD, target=NEW, out=tmp_path / "gate", settings=own,
+            require=["redirect.kl<=1"],
+        )  # fmt: skip

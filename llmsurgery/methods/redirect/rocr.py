@@ -86,6 +86,7 @@ class Rocr:
         selects=True,
         roles=("mlp.down",),
         lacks=POST_NORMS,
+        streams=True,
         presets={"paper": {"l2": 1.0, "authors_compat": True}},
     )
     config_type = RocrConfig
