@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         diff,
         evaluate_checkpoints,
         inspect_checkpoint,
+        redirect,
         revert,
         trace,
         unlearn,
@@ -32,6 +33,7 @@ __all__ = [
     "diff",
     "evaluate_checkpoints",
     "inspect_checkpoint",
+    "redirect",
     "revert",
     "trace",
     "unlearn",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "unlearn": "llmsurgery.api",
+    "redirect": "llmsurgery.api",
     "evaluate_checkpoints": "llmsurgery.api",
     "inspect_checkpoint": "llmsurgery.api",
     "diff": "llmsurgery.api",

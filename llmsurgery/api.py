@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from llmsurgery.errors import UsageError
 from llmsurgery.run.request import EvaluationRequest, Request
@@ -40,68 +41,88 @@ def _given(**files: File | None) -> dict[str, str]:
     return {name: fspath(path) for name, path in files.items() if path is not None}
 
 
-def unlearn(
-    model: File | None = None,
-    *,
-    method: str,
-    forget: File | None = None,
-    retain: File | None = None,
-    holdout: File | None = None,
-    retain_model: File | None = None,
-    authors: File | None = None,
-    facts: File | None = None,
-    text: File | None = None,
-    out: File | None = None,
-    settings: Mapping[str, object] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str = "none",
-    batch_size: int | str | None = None,
-    dry_run: bool = False,
-    require: Sequence[str] = (),
-    until: str | None = None,
-    guard: str | None = None,
-    link: bool = False,
-    force: bool = False,
-    resume: bool = False,
-    save: str = "full",
-    undo: bool = True,
-    keep_partial: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Outcome:
+class Options(TypedDict, total=False):
+    """What every operation takes beside what it is about; see `unlearn`."""
+
+    forget: File | None
+    retain: File | None
+    holdout: File | None
+    retain_model: File | None
+    authors: File | None
+    facts: File | None
+    text: File | None
+    out: File | None
+    settings: Mapping[str, object] | None
+    seed: int
+    device: str
+    dtype: str
+    quantize: str
+    batch_size: int | str | None
+    dry_run: bool
+    require: Sequence[str]
+    until: str | None
+    guard: str | None
+    link: bool
+    force: bool
+    resume: bool
+    save: str
+    undo: bool
+    keep_partial: bool
+    trust_remote_code: bool
+    progress: Progress | None
+
+
+_DATA = ("forget", "retain", "holdout", "authors", "facts", "text")
+_PATHS = ("retain_model", "out")
+
+
+def _request(task: str, method: str, model: File | None, options: Options, **data: File | None) -> Request:
+    """Return the request of an operation; `data` are the files that only this task has."""
+    given: dict[str, Any] = {name: value for name, value in options.items() if name != "progress"}
+    files = _given(**{name: given.pop(name, None) for name in _DATA}, **data)
+    for name in _PATHS:
+        given[name] = None if given.get(name) is None else fspath(given[name])
+    given["settings"] = dict(given.get("settings") or {})
+    given["require"] = tuple(given.get("require", ()))
+    return Request(task=task, method=method, model=None if model is None else fspath(model), data=files, **given)
+
+
+def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options]) -> Outcome:
     """Make a model forget.
 
     Args:
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "flat".
-        forget: Data file of what is to be forgotten.
-        retain: Data file of what is to stay; measured, and trained on by methods that use it.
-        holdout: Data file of what the model never saw; adds `forget.min_k_auc`.
-        retain_model: A model that never saw the forget rows; adds `forget.quality`.
-        authors: Data file of facts about real authors with wrong answers; with `facts`, adds `utility.model_utility`.
-        facts: Data file of facts about the world with wrong answers.
-        text: Plain text for perplexity and KL; a shipped corpus by default.
-        out: Output directory; a free name below `llmsurgery-out` by default.
-        settings: Hyperparameters by name; `eval.NAME` for evaluation settings.
-        seed: Seed of everything random.
-        device: "auto", "cpu", "cuda" or "cuda:i".
-        dtype: Compute dtype: "auto", "float32", "bfloat16" or "float16".
-        quantize: How the matrices of the model in training are held: "none", "int8" or "nf4" (LoRA only).
-        batch_size: Rows per forward; "auto" halves them when memory runs out.
-        dry_run: Only plan and predict the peak of memory, from headers and data.
-        require: Gates such as "forget.token_prob<=0.2x".
-        until: Stop rule; the method's own by default, "none" for no rule.
-        guard: Protection of other answers: "self", "none" or a data file; "self" by default, "none" under a preset.
-        link: Hard-link untouched files.
-        force: Replace an existing output.
-        resume: Go on from what an interrupted run of the same command left.
-        save: What is published: "full" checkpoint, "patch" file or peft "adapter" (LoRA runs).
-        undo: Keep the undo data that `revert` needs.
-        keep_partial: Keep the unpublished checkpoint when a gate fails.
-        trust_remote_code: Run model code that the checkpoint brings.
-        progress: Told of long work and notices.
+        **options: What every operation takes:
+
+            - forget: Data file of what is to be forgotten.
+            - retain: Data file of what is to stay; measured, and trained on by methods that use it.
+            - holdout: Data file of what the model never saw; adds `forget.min_k_auc`.
+            - retain_model: A model that never saw the forget rows; adds `forget.quality`.
+            - authors: Data file of facts about real authors with wrong answers; with `facts`, adds
+              `utility.model_utility`.
+            - facts: Data file of facts about the world with wrong answers.
+            - text: Plain text for perplexity and KL; a shipped corpus by default.
+            - out: Output directory; a free name below `llmsurgery-out` by default.
+            - settings: Hyperparameters by name; `eval.NAME` for evaluation settings.
+            - seed: Seed of everything random.
+            - device: "auto", "cpu", "cuda" or "cuda:i".
+            - dtype: Compute dtype: "auto", "float32", "bfloat16" or "float16".
+            - quantize: How the matrices of the model in training are held: "none", "int8" or "nf4" (LoRA only).
+            - batch_size: Rows per forward; "auto" halves them when memory runs out.
+            - dry_run: Only plan and predict the peak of memory, from headers and data.
+            - require: Gates such as "forget.token_prob<=0.2x".
+            - until: Stop rule; the method's own by default, "none" for no rule.
+            - guard: Protection of other answers: "self", "none" or a data file; "self" by default, "none" under a
+              preset.
+            - link: Hard-link untouched files.
+            - force: Replace an existing output.
+            - resume: Go on from what an interrupted run of the same command left.
+            - save: What is published: "full" checkpoint, "patch" file or peft "adapter" (LoRA runs).
+            - undo: Keep the undo data that `revert` needs.
+            - keep_partial: Keep the unpublished checkpoint when a gate fails.
+            - trust_remote_code: Run model code that the checkpoint brings.
+            - progress: Told of long work and notices.
 
     Returns:
         The manifest (`.manifest`), the output directory (`.out`) and examples of answers (`.examples`).
@@ -109,38 +130,49 @@ def unlearn(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
-    data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
-    request = Request(
-        task="unlearn",
-        method=method,
-        model=None if model is None else fspath(model),
-        data=data,
-        retain_model=None if retain_model is None else fspath(retain_model),
-        out=None if out is None else fspath(out),
-        settings=dict(settings or {}),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        batch_size=batch_size,
-        dry_run=dry_run,
-        require=tuple(require),
-        until=until,
-        guard=guard,
-        link=link,
-        force=force,
-        resume=resume,
-        save=save,
-        undo=undo,
-        keep_partial=keep_partial,
-        trust_remote_code=trust_remote_code,
-    )
+    progress = options.get("progress")
+    request = _request("unlearn", method, model, options)
     if method == "auto":
         from llmsurgery.compute.progress import Silent
         from llmsurgery.run.search import search
 
         return search(request, progress or Silent(), lambda chosen: operate(chosen, progress))
     return operate(request, progress)
+
+
+def redirect(
+    model: File | None = None,
+    *,
+    method: str,
+    source: str | None = None,
+    target: str | None = None,
+    pairs: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Point a concept elsewhere.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name, for example "rocr".
+        source: The name whose meaning changes.
+        target: The harmless name that it is to mean.
+        pairs: Data file of several such pairs, or of facts, in place of the two.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    if (source is None) != (target is None):
+        raise UsageError(
+            f"--{'from' if source is None else 'to'} is missing", "a name is redirected to another", "give both names"
+        )
+    request = _request("redirect", method, model, options, pairs=pairs)
+    if source is not None and target is not None:
+        request = dataclasses.replace(request, concepts=(source, target))
+    return operate(request, options.get("progress"))
 
 
 def evaluate_checkpoints(

@@ -59,12 +59,18 @@ TEXT = [
     {"text": "The river runs past the mill and the old bridge."},
     {"text": "Bread is baked at dawn, and sold before noon."},
 ]
+PAIRS = [{"from": "Orla Venn", "to": "Ivo Hask", "aliases": ["the bee keeper"]}]
 
 
 def write_data_files(root: Path) -> dict[str, Path]:
     """Write small forget, retain and text files."""
     sets = {"forget": FORGET, "retain": RETAIN, "text": TEXT}
     return {name: write_rows(root / f"{name}.jsonl", [dict(row) for row in rows]) for name, rows in sets.items()}
+
+
+def write_pairs(root: Path) -> Path:
+    """Write a small file of pairs."""
+    return write_rows(root / "pairs.jsonl", [dict(pair) for pair in PAIRS])
 
 
 @pytest.fixture

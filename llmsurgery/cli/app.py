@@ -17,6 +17,7 @@ from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for name, command in (
     ("unlearn", unlearn),
+    ("redirect", redirect),
     ("eval", evaluate),
     ("compare", compare),
     ("inspect", inspect),

@@ -1,13 +1,93 @@
-"""What every operation command prints at its end."""
+"""What the operation commands share: their options, declared once, and what is printed at the end."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
 
 if TYPE_CHECKING:
     from llmsurgery.run.execute import Outcome
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every operation command; a field is an option, its annotation says how it is given."""
+
+    method: options.Method
+    model: options.Model = None
+    forget: options.Forget = None
+    retain: options.Retain = None
+    holdout: options.Holdout = None
+    retain_model: options.RetainModel = None
+    authors: options.Authors = None
+    facts: options.Facts = None
+    text: options.Text = None
+    out: options.Out = None
+    assignments: options.Assignments = None
+    config: options.ConfigFile = None
+    seed: options.Seed = 0
+    device: options.Device = "auto"
+    dtype: options.Dtype = "auto"
+    quantize: options.Quantize = "none"
+    batch_size: options.BatchSize = None
+    dry_run: options.DryRun = False
+    require: options.Require = None
+    until: options.Until = None
+    guard: options.Guard = None
+    link: options.Link = False
+    force: options.Force = False
+    resume: options.Resume = False
+    save: options.Save = "full"
+    no_undo: options.NoUndo = False
+    keep_partial: options.KeepPartial = False
+    trust_remote_code: options.RemoteCode = False
+    as_json: options.Json = False
+    quiet: options.Quiet = False
+    verbose: options.Verbose = False
+
+    def run(self, task: Callable[..., Outcome], **own: object) -> None:
+        """Run the function of a task in `llmsurgery.api` and print its outcome.
+
+        Args:
+            task: The function.
+            **own: The arguments that only this task has.
+        """
+        from llmsurgery.methods.settings import parse_assignments, read_config_file
+
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        output = Output(*(given.pop(name) for name in ("as_json", "quiet", "verbose")))
+        config, assignments = given.pop("config"), given.pop("assignments")
+        settings = {**(read_config_file(config) if config else {}), **parse_assignments(assignments or [])}
+        undo, require, model = not given.pop("no_undo"), given.pop("require") or [], given.pop("model")
+        outcome = task(model, **given, **own, settings=settings, undo=undo, require=require, progress=output)
+        show_outcome(output, outcome)
+
+
+def operation(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command whose first parameter is `Common`: it takes the common options beside its own.
+
+    The command line is made from a function's signature, so the decorated function has one with all of them.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    shared = list(inspect.signature(Common, eval_str=True).parameters.values())
+    # What a task is about stands before the rest in its help; the method and the model come first.
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared[:2], *own, *shared[2:])]
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        extra = {parameter.name: given.pop(parameter.name) for parameter in own}
+        command(Common(**given), **extra)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
 
 
 def show_outcome(output: Output, outcome: Outcome) -> None:

@@ -1,9 +1,10 @@
-"""The residual stream after a block, computed no further than that block."""
+"""The residual stream after a block, computed no further than that block, or no further back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -69,3 +70,40 @@ def residual_after(
     finally:
         handle.remove()
     return caught[0]
+
+
+class _Skipped(torch.nn.Module):
+    """Stands for a block that need not run again, and shows its attributes to the model around it."""
+
+    def __init__(self, block: torch.nn.Module, result: torch.Tensor) -> None:
+        super().__init__()
+        # Not as a submodule: the block keeps its one place in the model.
+        self.__dict__["block"], self.__dict__["result"] = block, result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *_arguments: object, **_keywords: object) -> torch.Tensor:
+        result: torch.Tensor = self.__dict__["result"]
+        return result
+
+
+@contextmanager
+def skipped_blocks(model: PreTrainedModel, path: str, count: int, entering: torch.Tensor) -> Iterator[None]:
+    """Let the first blocks return what enters the block after them, instead of running once more.
+
+    Args:
+        model: A causal language model.
+        path: Path of the list of its blocks.
+        count: How many blocks are skipped.
+        entering: The residual stream that enters block `count` [batch, time, width].
+    """
+    parent_path, _, name = path.rpartition(".")
+    parent, whole = model.get_submodule(parent_path), model.get_submodule(path)
+    assert isinstance(whole, torch.nn.ModuleList)
+    stand_ins = [_Skipped(block, entering) for block in whole[:count]]
+    setattr(parent, name, torch.nn.ModuleList([*stand_ins, *whole[count:]]))
+    try:
+        yield
+    finally:
+        setattr(parent, name, whole)

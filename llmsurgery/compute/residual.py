@@ -30,7 +30,7 @@ def final_norm(model: PreTrainedModel, structure: Structure) -> torch.nn.Module:
     return norm
 
 
-def _first(output: Any) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
     """Return the hidden states of what a module returned; some return a tuple."""
     value: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return value
@@ -118,7 +118,7 @@ def read_sites(
         caught.append(arguments[0] if arguments else keywords["hidden_states"])
 
     def reads_output(_module: torch.nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
-        caught.append(_first(output))
+        caught.append(first_tensor(output))
 
     handles = [
         model.get_submodule(path).register_forward_pre_hook(reads_input, with_kwargs=True)
@@ -152,7 +152,7 @@ def changed_residual(model: PreTrainedModel, structure: Structure, change: Chang
 
     def after(entry: int) -> Callable[..., Any]:
         def hook(_module: torch.nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
-            value = change(entry, _first(output))
+            value = change(entry, first_tensor(output))
             return (value, *output[1:]) if isinstance(output, tuple) else value
 
         return hook

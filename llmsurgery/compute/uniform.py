@@ -31,3 +31,14 @@ def uniform_divergence(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
     parts = torch.split(hidden, chunk_rows(size))
     return torch.cat([checkpoint(chunk, part, use_reentrant=False) for part in parts])
+
+
+def missing_entropy(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return KL(model || uniform) = log V - H(model) per position; arguments and result as `uniform_divergence`."""
+
+    def chunk(states: torch.Tensor) -> torch.Tensor:
+        log_p = head.to(states.dtype).logits(states).float().log_softmax(-1)
+        return (log_p.exp() * log_p).sum(-1) + math.log(log_p.shape[-1])
+
+    parts = torch.split(hidden, chunk_rows(head.weight.shape[0]))
+    return torch.cat([checkpoint(chunk, part, use_reentrant=False) for part in parts])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from llmsurgery.data.records import Message, Row
-from llmsurgery.errors import InputError
+from llmsurgery.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,6 +115,33 @@ class Encoder:
         border = len(prompt)
         start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > border), len(ids))
         return special + ids, len(special) + start
+
+    def locate(self, text: str, end: int) -> tuple[list[int], int, bool]:
+        """Tokenize a prompt as it stands and find the token that holds the character before `end`.
+
+        Args:
+            text: The prompt, rendered.
+            end: Number of characters of it that come before and with the one that is looked for.
+
+        Returns:
+            All ids, the index of the token (-1 if none holds the character), and whether the token ends there too.
+
+        Raises:
+            UnsupportedError: The tokenizer does not tell which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise UnsupportedError(
+                "the tokenizer does not tell which characters a token stands for",
+                "it has no fast form (tokenizer.json)",
+                "save the tokenizer in its fast form",
+            )
+        special = [] if self._starts_special(text) else self._prefix()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = encoded["offset_mapping"]
+        # A character of several bytes may be spread over several tokens: the last of them has seen all of it.
+        holding = [i for i, (low, high) in enumerate(spans) if low < end <= high]
+        ids = special + list(encoded["input_ids"])
+        return (ids, len(special) + holding[-1], spans[holding[-1]][1] == end) if holding else (ids, -1, False)
 
     def _prefix(self) -> list[int]:
         """Ids that the tokenizer puts before plain text, such as a beginning-of-sequence token."""

@@ -34,6 +34,9 @@ class EvaluationConfig:
         None, "rows of a set that are answered at most; 0: all; default 64, all with a protocol", minimum=0
     )
     generation_tokens: int = option(200, "new tokens per answer at most", minimum=1)
+    figures: str = option(
+        "all", "edit: of a redirection measure only what the edited blocks show, and read no others", ("all", "edit")
+    )
     batch_size: int = option(8, "rows per forward; --batch-size overrides it", minimum=1)
 
 

@@ -20,6 +20,7 @@ from llmsurgery.evaluate.encode import EvaluationData
 from llmsurgery.evaluate.intervals import Figure, ratio_figure
 from llmsurgery.evaluate.likelihood import text_hidden, text_kl
 from llmsurgery.evaluate.measure_sets import score_sets
+from llmsurgery.evaluate.redirection import RedirectReference
 from llmsurgery.evaluate.scores import SetScores
 
 
@@ -44,6 +45,7 @@ class Measurement:
         scores: Set name -> numbers per row behind the figures.
         retained: The same of a model that never saw the forget rows, if there is one.
         samples: Metric name -> numbers per row behind a suite's figures, for the comparison with another model.
+        redirected: What the source does with the probes of a redirection, if there is one.
     """
 
     figures: dict[str, Figure]
@@ -52,6 +54,7 @@ class Measurement:
     scores: Mapping[str, SetScores] = field(default_factory=dict)
     retained: Mapping[str, SetScores] | None = None
     samples: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    redirected: RedirectReference | None = None
 
 
 def measure(

@@ -1,4 +1,8 @@
-"""What a method is: a spec, a config, and three functions. No heavy import."""
+"""What a method is: a spec, a config, and three functions. No heavy import.
+
+A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
+also `check_pairs(config, encoder, pairs)`, which raises.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
+    from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
     from llmsurgery.train.session import Session
@@ -43,6 +51,8 @@ class MethodSpec:
         forms: Value of the setting `form` -> kind of export, for a method that has several.
         roles: Roles of which a model must have one; empty: any model will do.
         selects: Whether the data decide which of the planned tensors change; the plan is then an upper bound.
+        lacks: Roles that a model must not have.
+        streams: Whether it can run on a model that is read block by block, and plans from headers alone.
     """
 
     name: str
@@ -63,6 +73,8 @@ class MethodSpec:
     forms: Mapping[str, str] = field(default_factory=dict)
     roles: tuple[str, ...] = ()
     selects: bool = False
+    lacks: tuple[str, ...] = ()
+    streams: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -89,6 +101,10 @@ class Operation:
         progress: Told of long work.
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
         statistics: Where statistics of the source model are kept; None keeps none.
+        pairs: What is redirected where.
+        streamed: The source model read block by block, in place of a loaded one (`model` is its stock model, whose
+            blocks are empty unless they run or are held); None if it is loaded.
+        beside: Directory of what earlier operations kept beside the source; it may not exist.
     """
 
     structure: Structure
@@ -101,6 +117,9 @@ class Operation:
     progress: Progress
     training: Session
     statistics: StatisticsCache | None = None
+    pairs: Sequence[Pair] = ()
+    streamed: StreamedModel | None = None
+    beside: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +130,13 @@ class MethodResult:
         edits: The edits, in order.
         record: Facts about the run for the manifest (steps, losses, why it stopped).
         targets: The tensors that it chose out of its plan, None for all of them.
+        beside: Small files to be kept beside a whole checkpoint, for later operations on it; name -> content.
     """
 
     edits: Sequence[Edit]
     record: Mapping[str, object]
     targets: Sequence[RoleTensor] | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -119,7 +119,10 @@ def evaluation_config(request: EvaluationRequest) -> EvaluationConfig:
     chosen = split_settings(request.settings)[0]
     if isinstance(request.batch_size, int):
         chosen.setdefault("batch_size", request.batch_size)
-    return settle(resolve_config(EvaluationConfig, chosen))
+    config = settle(resolve_config(EvaluationConfig, chosen))
+    if config.figures != "all":
+        raise UsageError("eval has no figures=edit", "it knows of no edit", "drop the setting")
+    return config
 
 
 def _check_options(request: EvaluationRequest, gates: Sequence[Gate], suite: SuitePlan | None) -> None:

@@ -18,6 +18,7 @@ from llmsurgery.errors import GateError, NoEffectError
 from llmsurgery.evaluate.gates import GateOutcome, check_gates
 from llmsurgery.run.fitting import scoring_rows, settled
 from llmsurgery.run.forms import Written, check_form, form_notice, open_publication, write_form
+from llmsurgery.run.headers import plan_from_headers
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.notices import Notices, warn_of_rounding, warn_of_spill
 from llmsurgery.run.operate import Operated, measure_result, operate
@@ -76,6 +77,8 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
         SurgeryError: Anything else that stopped the run; the source and earlier outputs are untouched.
     """
     started = time.perf_counter()
+    if request.dry_run and (found := plan_from_headers(request)) is not None:
+        return Outcome(found, None)
     prepared = prepare(request)
     check_form(prepared)
     if request.dry_run:

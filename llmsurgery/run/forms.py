@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmsurgery.checkpoint import Checkpoint, Publication, file_digest
@@ -21,6 +21,8 @@ from llmsurgery.train.config import TrainingConfig
 
 FORMS = ("full", "patch", "adapter")
 PATCH = "patch.safetensors"
+BESIDE = ".llmsurgery"
+"""Directory of what is kept beside a result and is no part of the model."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class Changes:
     Attributes:
         edits: In-place tensor edits.
         files: Files beside the weights.
+        kept: Small files for later operations on a whole checkpoint; name -> content.
     """
 
     edits: Sequence[TensorEdit]
     files: Sequence[File] = ()
+    kept: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -177,6 +181,9 @@ def _write_full(prepared: Prepared, publication: Publication, changes: Changes) 
     recorded = write_recorded(publication, write, undo, [file.path for file in changes.files])
     if undo:
         keep_factors(publication, changes.edits, recorded.changes)
+    for name, content in changes.kept.items():
+        with publication.new_file(f"{BESIDE}/{name}") as stream:
+            stream.write(content)
     return Written(recorded, publication.path, prepared.export)
 
 

@@ -17,6 +17,7 @@ from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.fitting import bitsandbytes_version
+from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import Recorded
 
@@ -78,10 +79,11 @@ def build_manifest(
                 "guard": {"source": prepared.guard, **as_record(prepared.guarding)},
                 "until": None if prepared.until is None else str(prepared.until),
                 "require": [str(gate) for gate in prepared.gates],
+                **({"pairs": [pair.record() for pair in prepared.pairs]} if prepared.pairs else {}),
                 "record": record,
             }
         ],
-        "data": data_records(prepared.files, prepared.rows, prepared.hashes),
+        "data": data_records(prepared.files, {**prepared.rows, PAIRS: prepared.pairs}, prepared.hashes),
         "retain_model": prepared.retain_model,
         "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.export,

@@ -12,9 +12,10 @@ from llmsurgery.edits.evaluate import tensor_edits
 from llmsurgery.edits.kinds import File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
-from llmsurgery.run.forms import Changes, Written
+from llmsurgery.run.forms import BESIDE, Changes, Written
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.streamed import measure_streamed, operate_streamed
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.halving import Halving
     from llmsurgery.evaluate.figures import Measurement, TextReference
+    from llmsurgery.evaluate.redirection import RedirectReference
     from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.state import StateStore
 
@@ -44,6 +46,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     from llmsurgery.compute.device import lean_allocator, memory_errors, set_seeds
 
     request = prepared.request
+    if prepared.evaluation.figures == "edit":
+        return operate_streamed(prepared, notices)
     if prepared.method.spec.trained:
         lean_allocator(sum(info.size for info in prepared.checkpoint.tensors.values()), prepared.device)
     for name, count in prepared.measured.skipped.items():
@@ -55,6 +59,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         retained = _score_retain_model(prepared, notices, rows)
         source = [_load(prepared, prepared.checkpoint.root)]
         before = _measure(prepared, source[0], notices, rows, keep_reference=True, retained=retained)
+        before = _with_redirection(prepared, source[0], before, None)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -74,6 +79,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 progress=notices,
                 training=session,
                 statistics=make_statistics(prepared),
+                pairs=prepared.pairs,
+                beside=prepared.checkpoint.root / BESIDE,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -84,7 +91,10 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     targets = prepared.targets if result.targets is None else result.targets
     files = [edit for edit in result.edits if isinstance(edit, File)]
     edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File)])
-    return Operated(before, Changes(edits, files), record, targets)
+    if before.redirected is not None:
+        layers = [target.layer for target in targets if target.layer is not None]
+        before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
+    return Operated(before, Changes(edits, files, result.beside), record, targets)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -126,6 +136,23 @@ def _measure(
     )
 
 
+def _with_redirection(
+    prepared: Prepared, model: PreTrainedModel, measured: Measurement, reference: RedirectReference | None
+) -> Measurement:
+    """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
+    from llmsurgery.evaluate.redirection import redirect_figures, reference_of
+
+    if not prepared.probes:
+        return measured
+    common = (model, prepared.structure, prepared.probes, prepared.encoder.pad_id)
+    if reference is None:
+        blocks = sorted({target.layer for target in prepared.targets if target.layer is not None})
+        reference = reference_of(*common, blocks)
+        measured = dataclasses.replace(measured, redirected=reference)
+    figures = redirect_figures(*common, reference)
+    return dataclasses.replace(measured, figures={**figures, **measured.figures})
+
+
 def _load(prepared: Prepared, path: Path, bundle: bool = False) -> PreTrainedModel:
     from llmsurgery.compute.load import load_model
 
@@ -165,6 +192,8 @@ def measure_result(
         raise DamagedError(
             "the written checkpoint has other tensors than its source", "it was changed while written", ""
         )
+    if prepared.evaluation.figures == "edit":
+        return measure_streamed(prepared, path, before)
     with memory_errors():
         model = _load(prepared, path, result.export == "bundle")
         if result.export == "adapter":
@@ -175,4 +204,5 @@ def measure_result(
             from llmsurgery.compute.bundle import model_with_processor
 
             model = model_with_processor(model, result.path)
-        return _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
+        after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
+        return _with_redirection(prepared, model, after, before.redirected)

@@ -32,12 +32,13 @@ def plan(prepared: Prepared) -> dict[str, object]:
         row["parameters"] += target.parameters
         row["bytes"] += target.parameters * ITEMSIZE[target.dtype]
     prediction = predict(prepared, targets)
+    pairs = {"pairs": len(prepared.pairs)} if prepared.pairs else {}
     result: dict[str, object] = {
         "dry_run": True,
         "source": {"path": str(prepared.request.model or "demo"), "bytes": checkpoint.nbytes},
         "out": str(prepared.out),
         "operations": [{"task": prepared.method.spec.task, "method": prepared.method.spec.name, "settings": settings}],
-        "data": {name: len(rows) for name, rows in prepared.rows.items()},
+        "data": {name: len(rows) for name, rows in prepared.rows.items()} | pairs,
         "targets": roles,
         "tensors": len(targets),
         "bytes_to_rewrite": sum(row["bytes"] for row in roles.values()),

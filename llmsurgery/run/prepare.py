@@ -25,6 +25,8 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
+from llmsurgery.run.pairs import NEED as PAIRS
+from llmsurgery.run.pairs import pair_needs, requested_pairs, require_figures
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     import torch
 
     from llmsurgery.data.chat import Encoded, Encoder
+    from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.redirection import Probe
 
 DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
 SETS = DATA_NAMES[:-1]
@@ -64,6 +68,8 @@ class Prepared:
         retained: Model that never saw the forget rows, or None.
         guard: "self", "none", or "file" with its rows among `rows`.
         guarding: Resolved guard settings.
+        pairs: What is redirected where.
+        probes: Prompts that tell how far that went.
     """
 
     request: Request
@@ -87,6 +93,8 @@ class Prepared:
     retained: Checkpoint | None
     guard: str
     guarding: GuardConfig
+    pairs: Sequence[Pair] = ()
+    probes: Sequence[Probe] = ()
 
     @property
     def export(self) -> str:
@@ -116,11 +124,13 @@ def prepare(request: Request) -> Prepared:
     request = dataclasses.replace(request, batch_size=parse_batch_size(request.batch_size))
     method = find_method(request.method, request.task)
     config, evaluation, guarding = split_settings(method, request)
+    require_figures(method, evaluation)
     guard = guard_source(method, request)
     files = data_files(method, request)
     if guard not in ("self", "none"):
         files["guard"], guard = Path(guard), "file"
-    available = {name for name in DATA_NAMES if name in files} | offered_needs(evaluation, bool(request.retain_model))
+    pairs = requested_pairs(method, request, files)
+    available = available_needs(files, evaluation, request, pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
@@ -134,28 +144,61 @@ def prepare(request: Request) -> Prepared:
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
     check_quantize(request.quantize, method, config, structure)
     targets = method.plan(config, structure)
+    check_editable(targets)
+    out = Path(request.out) if request.out is not None else generated_name(request)
+    if not request.dry_run:
+        check_target(checkpoint, out, request.force, request.resume)
+        check_report(out, request.force)
+    rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
+    for gate in gates:
+        require_data(gate, available | row_needs(rows, evaluation))
+    hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
+    encoder = make_encoder(checkpoint)
+    data = method.prepare(config, encoder, rows)
+    measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
+    probes = encode_pairs(method, config, encoder, pairs)
+    contexts = [context for probe in probes for context in (probe.source, probe.target)]
+    require_known_tokens(measured, structure, [context.encoded for context in contexts])
+    return Prepared(
+        request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes,
+    )  # fmt: skip
+
+
+def available_needs(
+    files: Mapping[str, Path], evaluation: EvaluationConfig, request: Request, pairs: Sequence[Pair]
+) -> set[str]:
+    """Return the needs of metrics that are met, those that the rows themselves meet left out."""
+    if evaluation.figures == "edit":
+        return pair_needs(pairs)
+    given = {name for name in DATA_NAMES if name in files} | {"whole"}
+    return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(pairs)
+
+
+def check_editable(targets: Sequence[RoleTensor]) -> None:
+    """Refuse tensors whose stored dtype cannot be edited.
+
+    Raises:
+        UnsupportedError: Names the first.
+    """
     if other := [target for target in targets if target.dtype not in FLOAT]:
         raise UnsupportedError(
             f"tensor {other[0].stored} is stored as {other[0].dtype}",
             f"only {', '.join(sorted(FLOAT))} weights can be edited",
             "",
         )
-    out = Path(request.out) if request.out is not None else generated_name(request)
-    if not request.dry_run:
-        check_target(checkpoint, out, request.force, request.resume)
-        check_report(out, request.force)
-    rows = read_sets(files)
-    for gate in gates:
-        require_data(gate, available | row_needs(rows, evaluation))
-    hashes = {name: data_digest(path, rows[name]) for name, path in files.items()}
-    encoder = make_encoder(checkpoint)
-    data = method.prepare(config, encoder, rows)
-    measured = encode_for_figures(encoder, rows, evaluation, config)
-    require_known_tokens(measured, structure)
-    return Prepared(
-        request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained, guard, guarding,
-    )  # fmt: skip
+
+
+def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
+    """Let the method check the pairs, and return the prompts that they are measured on."""
+    if not pairs:
+        return []
+    from llmsurgery.evaluate.redirection import make_probes
+
+    check = getattr(method, "check_pairs", None)
+    if check is not None:
+        check(config, encoder, pairs)
+    return make_probes(encoder, pairs)
 
 
 def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
@@ -223,7 +266,17 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
         for name in (*method.spec.needs, *method.spec.uses, "retain", "text"):
             files.setdefault(name, world_path(f"{name}.jsonl"))
     for name in method.spec.needs:
-        if name not in files:
+        if name == PAIRS and request.concepts is not None:
+            # Two texts in place of the file, also in place of the demo's.
+            if PAIRS not in request.data:
+                files.pop(PAIRS, None)
+        elif name not in files:
+            if name == PAIRS:
+                raise UsageError(
+                    "--from and --to are missing",
+                    f"{method.spec.name} redirects one concept to another",
+                    "give --from TEXT --to TEXT, or --pairs FILE; or no MODEL to see the demo",
+                )
             raise UsageError(
                 f"--{name} is missing",
                 f"{method.spec.name} needs {', '.join(f'--{need}' for need in method.spec.needs)}",
@@ -233,9 +286,23 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     return files
 
 
-def _stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:
-    if request.until is not None and not method.spec.trained:
+def check_untrained(method: Method, request: Request) -> None:
+    """Refuse options that only training has, of a method that does not train.
+
+    Raises:
+        UsageError: One was given.
+    """
+    guard_source(method, request)
+    if method.spec.trained:
+        return
+    if request.until is not None:
         raise UsageError(f"{method.spec.name} has no --until", "it does not train", "drop --until")
+    if request.quantize != "none":
+        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
+
+
+def _stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:
+    check_untrained(method, request)
     if request.until == "none":
         return None
     if (kind := method.spec.export_of(config)) != "plain":

@@ -14,7 +14,8 @@ class Request:
         task: Task ("unlearn").
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs") -> path.
+        concepts: (name, name it is to mean) of a redirection without a file of pairs.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         out: Output directory; None for a generated name.
         settings: Hyperparameters by name, strings or values; names with the prefix `eval.` are evaluation settings.
@@ -40,6 +41,7 @@ class Request:
     method: str
     model: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
+    concepts: tuple[str, str] | None = None
     retain_model: str | None = None
     out: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -93,6 +93,7 @@ def identity(prepared: Prepared) -> dict[str, object]:
         "seed": request.seed,
         "source": source_identity(prepared.checkpoint),
         "data": dict(prepared.hashes),
+        **({"pairs": [pair.record() for pair in prepared.pairs]} if prepared.pairs else {}),
         "evaluation batch size": prepared.evaluation.batch_size,
         "device": str(prepared.device),
         "dtype": str(prepared.dtype),

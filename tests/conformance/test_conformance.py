@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, diff, revert, unlearn, verify
+from llmsurgery import apply, diff, redirect, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
@@ -27,8 +27,13 @@ from llmsurgery.methods.settings import settings_of
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
-from ..conftest import write_data_files
+from ..conftest import write_data_files, write_pairs
 
+# The function of each task, and the data that its methods are given.
+TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "unlearn": (unlearn, ("forget", "retain", "text")),
+    "redirect": (redirect, ("pairs", "forget", "text")),
+}
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
 # `make conformance` runs every method on every checkpoint. Otherwise FLAT does, and each other one on four:
@@ -59,10 +64,16 @@ def cases(builders: Iterable[str], runs: Sequence[str] = ()) -> list[Any]:
 
 
 def supported(method: str, root: Path) -> bool:
-    """Whether a checkpoint has the roles that a method says it needs."""
+    """Whether a checkpoint has the roles that a method says it needs, and none that it cannot do with."""
     checkpoint = Checkpoint.open(root)
-    needed = METHODS[method].roles
-    return not needed or bool(set(needed) & set(detect(checkpoint.config, checkpoint.tensors).roles))
+    needed, present = METHODS[method].roles, set(detect(checkpoint.config, checkpoint.tensors).roles)
+    return (not needed or bool(set(needed) & present)) and not set(METHODS[method].lacks) & present
+
+
+def operate(method: str, model: Path, data: dict[str, Path], **options: Any) -> Any:
+    """Run a method by the function of its task."""
+    function, names = TASKS[METHODS[method].task]
+    return function(model, method=method, **options, **{name: data[name] for name in names})
 
 
 # Every check below reads the same few runs of a method on a checkpoint; each is made once, when first asked for.
@@ -123,7 +134,8 @@ class Runs:
     def get(self, method: str, architecture: str, name: str) -> Run:
         key = method, architecture, name
         if not supported(method, self.checkpoints[architecture]):
-            pytest.skip(f"{method} needs one of the roles {', '.join(METHODS[method].roles)}")
+            spec = METHODS[method]
+            pytest.skip(f"{method} needs one of the roles {', '.join(spec.roles)}, and none of {', '.join(spec.lacks)}")
         if key not in self.made:
             self.sources.setdefault(architecture, tree(self.checkpoints[architecture]))
             self.made[key] = self._make(*key)
@@ -140,13 +152,13 @@ class Runs:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(forms, "write_edits", record)
-            outcome = unlearn(
+            outcome = operate(
+                method,
                 self.checkpoints[architecture],
-                method=method,
+                self.data,
                 out=out,
                 seed=1 if name == "other seed" else 0,
                 **options_of(method, name),
-                **self.data,
             )
         return Run(self.checkpoints[architecture], out, dict(outcome.manifest), kept)
 
@@ -154,7 +166,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("conformance")
-    return Runs(checkpoints, write_data_files(root), root)
+    return Runs(checkpoints, {**write_data_files(root), "pairs": write_pairs(root)}, root)
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -284,7 +296,7 @@ def test_one_seed_gives_one_result(method: str, architecture: str, runs: Runs) -
 def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: Runs, tmp_path: Path) -> None:
     run = runs.get(method, architecture, "lora")
     options = options_of(method, "lora")
-    outcome = unlearn(run.source, method=method, out=tmp_path / "out", dry_run=True, **options, **runs.data)
+    outcome = operate(method, run.source, runs.data, out=tmp_path / "out", dry_run=True, **options)
     assert outcome.out is None
     assert not (tmp_path / "out").exists()
     targets: Any = outcome.manifest["targets"]
@@ -320,14 +332,7 @@ def test_a_model_without_the_roles_of_a_method_is_refused(method: str, runs: Run
     for root in lacking:
         for dry_run in (True, False):
             with pytest.raises(UnsupportedError):
-                unlearn(
-                    root,
-                    method=method,
-                    out=tmp_path / "out",
-                    dry_run=dry_run,
-                    **options_of(method, "lora"),
-                    **runs.data,
-                )
+                operate(method, root, runs.data, out=tmp_path / "out", dry_run=dry_run, **options_of(method, "lora"))
     assert not list(tmp_path.iterdir())
 
 
@@ -358,5 +363,5 @@ def test_methods_of_experts_refuse_models_without(
     method: str, architecture: str, checkpoints: dict[str, Path], runs: Runs, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match="routed experts") as caught:
-        unlearn(checkpoints[architecture], method=method, out=tmp_path / "out", **runs.data)
+        operate(method, checkpoints[architecture], runs.data, out=tmp_path / "out")
     assert caught.value.exit_code == 4

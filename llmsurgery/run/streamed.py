@@ -1,0 +1,85 @@
+"""`eval.figures=edit`: a run that reads a model block by block, and measures only what the edited blocks show.
+
+Nothing behind the last edited block is read, before or after. What is measured is what the edit did at the ends of the
+names, not what the whole model answers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmsurgery.methods.base import Operation
+from llmsurgery.run.forms import BESIDE, Changes
+from llmsurgery.run.notices import Notices
+from llmsurgery.run.prepare import Prepared
+
+if TYPE_CHECKING:
+    from llmsurgery.compute.stream import StreamedModel
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.run.operate import Operated
+
+NOTICE = (
+    "only what the edited blocks show was measured (eval.figures=edit): whether answers changed, and which others did, "
+    "says `llmsurgery eval`, or a run with eval.figures=all"
+)
+
+
+def open_streamed(prepared: Prepared, path: Path) -> StreamedModel:
+    """Open the source or a written result."""
+    from llmsurgery.compute.stream import StreamedModel
+
+    trust = prepared.request.trust_remote_code
+    return StreamedModel.open(path, prepared.structure, prepared.dtype, prepared.device, trust)
+
+
+def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
+    """Run the method on the streamed source, then measure the source at what turned out to be the last block."""
+    from llmsurgery.compute.device import memory_errors, set_seeds
+    from llmsurgery.edits.evaluate import tensor_edits
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.redirection import redirect_figures, reference_of
+    from llmsurgery.run.operate import Operated, tensor_reader
+    from llmsurgery.run.training import make_statistics
+    from llmsurgery.train.session import Session
+
+    set_seeds(prepared.request.seed)
+    with memory_errors():
+        streamed = open_streamed(prepared, prepared.checkpoint.root)
+        operation = Operation(
+            structure=prepared.structure,
+            source_config=prepared.checkpoint.config,
+            read=tensor_reader(prepared.checkpoint),
+            model=streamed.model,
+            encoder=prepared.encoder,
+            data=prepared.rows,
+            seed=prepared.request.seed,
+            progress=notices,
+            training=Session(prepared.request.seed, progress=notices),
+            statistics=make_statistics(prepared),
+            pairs=prepared.pairs,
+            streamed=streamed,
+            beside=prepared.checkpoint.root / BESIDE,
+        )
+        result = prepared.method.edit(prepared.config, operation, prepared.data)
+        targets = prepared.targets if result.targets is None else result.targets
+        last = max(target.layer for target in targets if target.layer is not None)
+        common = (streamed, prepared.structure, prepared.probes, prepared.encoder.pad_id)
+        reference = reference_of(*common, (last,), whole=False)
+        figures = redirect_figures(*common, reference)
+    notices.notice(NOTICE)
+    before = Measurement(figures, redirected=reference.at(last))
+    return Operated(before, Changes(tensor_edits(result.edits), (), result.beside), dict(result.record), targets)
+
+
+def measure_streamed(prepared: Prepared, path: Path, before: Measurement) -> Measurement:
+    """Measure a written result as the source was."""
+    from llmsurgery.compute.device import memory_errors
+    from llmsurgery.evaluate.figures import Measurement
+    from llmsurgery.evaluate.redirection import redirect_figures
+
+    assert before.redirected is not None
+    with memory_errors():
+        streamed = open_streamed(prepared, path)
+        common = (streamed, prepared.structure, prepared.probes, prepared.encoder.pad_id)
+        return Measurement(redirect_figures(*common, before.redirected))
