@@ -17,15 +17,13 @@ from transformers import PreTrainedModel
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.blocks import blocks_path
-from llmsurgery.compute.load import empty_model, require_finite_values
+from llmsurgery.compute.load import STORED, model_of_headers, require_finite_values
 from llmsurgery.compute.lockstep import Call, Ended, current_call, private_hooks
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.view import weight_view
 from llmsurgery.errors import UnsupportedError, UsageError
 
 T = TypeVar("T")
-
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 WINDOW_BYTES = 512 << 20
 """Hidden states that wait between blocks at once, if a caller leaves it to `windows`."""
@@ -83,7 +81,7 @@ class StreamedModel:
             UnsupportedError: transformers has no class for it.
         """
         checkpoint = Checkpoint.open(root)
-        model = empty_model(root, dtype, trust_remote_code, structure.family.buffers)
+        model = model_of_headers(checkpoint, dtype, trust_remote_code, structure.family.buffers)
         _fill_constants(model, device)
         streamed = cls(model, checkpoint, structure, device)
         streamed._load(
