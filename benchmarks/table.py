@@ -333,8 +333,8 @@ def covariance(result: dict[str, Any]) -> str:
         title = f"the same of {size:,} x {size:,}: NOT measured, extrapolated as the cube of the side"
         lines.append([title, f"about {whole['seconds'] * scale:.0f}", f"about {whole['cpu_seconds'] * scale:.0f}"])
     text = (
-        f"One layer of {size:,} dimensions from {result['tokens']:,} random keys, {result['threads']} thread, each time\n"
-        f"from the keys alone; other jobs ran on the machine (load {result['load']:.0f}), so read the CPU seconds.\n"
+        f"One layer of {size:,} dimensions from {result['tokens']:,} random keys, {result['threads']} thread, each\n"
+        f"time from the keys alone; other jobs ran meanwhile (load {result['load']:.0f}): read the CPU seconds.\n"
         f"Peak of the process before `eigh`: {result['peak_bytes'] / 2**20:,.0f} MiB.\n"
     )
     return "## Statistics of a wide layer\n\n" + text + "\n" + rows(["what", "seconds, median", "CPU s"], lines)
