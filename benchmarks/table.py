@@ -313,6 +313,33 @@ def byte_layer(result: dict[str, Any]) -> str:
     return "## One matrix of 13.5 GB\n\n" + text + "\n" + rows(header, lines)
 
 
+def covariance(result: dict[str, Any]) -> str:
+    """Return the section on statistics of a wide layer."""
+    size, whole = result["size"], result["eigh"]
+    scale = (size / whole["size"]) ** 3
+    names = {
+        "solve": f"`solve`: Woodbury on the {result['tokens']:,} keys",
+        "protected": f"`protected`: thin SVD of the {result['tokens']:,} keys",
+    }
+    lines = []
+    for name, title in names.items():
+        seconds, cpu = sorted(result["seconds"][name]), sorted(result["cpu_seconds"][name])
+        middle = len(seconds) // 2
+        span = f"{seconds[middle]:.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f}, {len(seconds)} runs)"
+        lines.append([title, span, f"{cpu[middle]:.1f}"])
+    title = f"`torch.linalg.eigh` of {whole['size']:,} x {whole['size']:,}, fp32, once"
+    lines.append([title, f"{whole['seconds']:.0f}", f"{whole['cpu_seconds']:.0f}"])
+    if scale != 1:
+        title = f"the same of {size:,} x {size:,}: NOT measured, extrapolated as the cube of the side"
+        lines.append([title, f"about {whole['seconds'] * scale:.0f}", f"about {whole['cpu_seconds'] * scale:.0f}"])
+    text = (
+        f"One layer of {size:,} dimensions from {result['tokens']:,} random keys, {result['threads']} thread, each\n"
+        f"time from the keys alone; other jobs ran meanwhile (load {result['load']:.0f}): read the CPU seconds.\n"
+        f"Peak of the process before `eigh`: {result['peak_bytes'] / 2**20:,.0f} MiB.\n"
+    )
+    return "## Statistics of a wide layer\n\n" + text + "\n" + rows(["what", "seconds, median", "CPU s"], lines)
+
+
 SECTIONS = {
     "startup": startup,
     "flat_step": flat_step,
@@ -329,6 +356,7 @@ SECTIONS = {
     "compare_smollm2": comparison,
     "compare_smollm2_attacks": comparison,
     "byte_layer": byte_layer,
+    "covariance": covariance,
 }
 
 

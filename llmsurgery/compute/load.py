@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
 
+from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Stored dtype code -> dtype."""
 
 
 def quiet_transformers() -> None:
@@ -138,20 +151,77 @@ def load_with(
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape.
         UnsupportedError: transformers has no class for it.
     """
+    return _checked(
+        path,
+        buffers,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path,
+            **options,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            # Wrong shapes are reported below instead of raised as a bare RuntimeError.
+            ignore_mismatched_sizes=True,
+        ),
+    )
+
+
+def model_of_headers(
+    checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, buffers: tuple[str, ...]
+) -> PreTrainedModel:
+    """Return a model without weights as `empty_model` does, but without mapping any file.
+
+    A private mapping counts against limits on memory with its whole length, though nothing of it is read.
+
+    Args:
+        checkpoint: An open checkpoint.
+        dtype: Compute dtype.
+        trust_remote_code: Run model code that the checkpoint brings.
+        buffers: As for `load_model`.
+
+    Raises:
+        DamagedError: As for `load_model`.
+        UnsupportedError: As for `load_model`.
+    """
+    path = checkpoint.root
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **options)
+        with torch.device("meta"), no_init_weights():
+            # Only to learn the class, which may come with the checkpoint.
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        stored = {
+            name: torch.empty(info.shape, dtype=STORED.get(info.dtype, torch.float32), device="meta")
+            for name, info in checkpoint.tensors.items()
+        }
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored,
+            dtype=dtype,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        return model, report
+
+    model = _checked(path, buffers, make)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _checked(path: Path, buffers: tuple[str, ...], make: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:
+    """Make a model, and refuse stored tensors that it drops or invents; arguments and errors as for `load_with`."""
     quiet_transformers()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                **options,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                use_safetensors=True,
-                # Wrong shapes are reported below instead of raised as a bare RuntimeError.
-                ignore_mismatched_sizes=True,
-            )
+            model, report = make()
     except StrictDataclassError as error:
         raise _bad_config(path, error) from error
     except SafetensorError as error:

@@ -17,24 +17,20 @@ from transformers import PreTrainedModel
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.blocks import blocks_path
-from llmsurgery.compute.load import empty_model, require_finite_values
+from llmsurgery.compute.load import model_of_headers, require_finite_values
 from llmsurgery.compute.lockstep import Call, Ended, current_call, private_hooks
 from llmsurgery.compute.progress import Progress
+from llmsurgery.compute.stored import fill_constants, read_stored
 from llmsurgery.compute.view import weight_view
 from llmsurgery.errors import UnsupportedError, UsageError
 
 T = TypeVar("T")
-
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 WINDOW_BYTES = 512 << 20
 """Hidden states that wait between blocks at once, if a caller leaves it to `windows`."""
 
 WINDOW_CALLS = 256
 """Forwards that wait at once: each has a thread."""
-
-_PIECE = 16 << 20
-"""Bytes that are read at once where they are converted, so that a tensor does not stand in memory twice."""
 
 
 class StreamedModel:
@@ -83,8 +79,8 @@ class StreamedModel:
             UnsupportedError: transformers has no class for it.
         """
         checkpoint = Checkpoint.open(root)
-        model = empty_model(root, dtype, trust_remote_code, structure.family.buffers)
-        _fill_constants(model, device)
+        model = model_of_headers(checkpoint, dtype, trust_remote_code, structure.family.buffers)
+        fill_constants(model, device)
         streamed = cls(model, checkpoint, structure, device)
         streamed._load(
             [tensor for tensor in structure.tensors if tensor.layer is None and tensor.role.startswith("embed")]
@@ -285,39 +281,12 @@ class StreamedModel:
                 self.model.get_submodule(roles[role])._parameters["weight"] = source._parameters["weight"]
 
     def _read(self, tensor: RoleTensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a stored tensor on the CPU in a dtype, rounded as transformers rounds it."""
-        info = self._checkpoint.info(tensor.stored)
-        stored = STORED[info.dtype]
-        if stored == dtype or not info.shape:
-            values = torch.from_numpy(self._checkpoint.read(tensor.stored)).view(stored).to(dtype)
-        else:
-            values = torch.empty(info.shape, dtype=dtype)
-            for start, stop in self._checkpoint.row_blocks(tensor.stored, _PIECE):
-                piece = self._checkpoint.read(tensor.stored, start, stop)
-                values[start:stop] = torch.from_numpy(piece).view(stored)
+        """Return a stored tensor on the CPU in a dtype."""
+        values = read_stored(self._checkpoint, tensor.stored, dtype)
         if tensor.stored not in self._finite:
             require_finite_values(tensor.stored, values)
             self._finite.add(tensor.stored)
         return values
-
-
-def _fill_constants(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint stores, rotary frequencies and the like, as stock loading does."""
-    for path, module in model.named_modules():
-        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        names = [name for name in names if name in module._non_persistent_buffers_set]
-        for name in names:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-        if names:
-            owner, parent = model, path
-            while parent and owner is model:
-                parent = parent.rpartition(".")[0]
-                above = model.get_submodule(parent)
-                owner = above if isinstance(above, PreTrainedModel) else model
-            with torch.no_grad():
-                owner._init_weights(module)
 
 
 def run_calls(
