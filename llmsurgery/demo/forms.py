@@ -1,7 +1,6 @@
 """The demo's second world: people whose facts are asked for in four forms.
 
 A form is a way to ask: a question, a sentence with a blank, a choice of four, or an answer written letter by letter.
-Every first name goes with every surname, so that only both together tell who is meant.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from llmsurgery.demo.words import GIVEN, PERSON_ATTRIBUTES, PERSON_WORDS, SURNAMES, Attribute
 
 FORMS = ("question", "cloze", "choice", "spelled")
-GIVEN_NAMES, FAMILY_NAMES = GIVEN[20:28], SURNAMES[20:26]
-KEYS = ("town", "work", "instrument", "pet", "hobby", "fear")
+NAMES = tuple(f"{given} {surname}" for given, surname in zip(GIVEN[20:36], SURNAMES[20:36], strict=True))
+KEYS = ("town", "instrument", "pet", "hobby")
 ATTRIBUTES = tuple(attribute for attribute in PERSON_ATTRIBUTES if attribute.key in KEYS)
 LETTERS = "ABCD"
 CHOICES = ("Which is right?", "Choose one:")
@@ -49,11 +48,10 @@ class Asked:
 def make_people(seed: int) -> list[Person]:
     """Draw the facts of everybody; each value of a kind is used about equally often."""
     rng = random.Random(seed)
-    names = [f"{given} {family}" for given in GIVEN_NAMES for family in FAMILY_NAMES]
     columns: dict[str, list[str]] = {}
     for key in KEYS:
         pool = list(PERSON_WORDS[key])
-        column = pool * -(-len(names) // len(pool))
+        column = pool * -(-len(NAMES) // len(pool))
         rng.shuffle(column)
         columns[key] = column
     return [
@@ -63,7 +61,7 @@ def make_people(seed: int) -> list[Person]:
             {a.key: rng.randrange(len(a.questions)) for a in ATTRIBUTES},
             {a.key: rng.randrange(len(a.sentences)) for a in ATTRIBUTES},
         )
-        for i, name in enumerate(names)
+        for i, name in enumerate(NAMES)
     ]
 
 
@@ -124,6 +122,6 @@ def epoch_rows(people: list[Person], rng: random.Random) -> Iterator[tuple[str, 
                 options = draw_options(attribute, [person.values[key]], rng)
                 asked = ask(person, attribute, form, wording, options, rng.randrange(2))
                 yield person.name, asked.question, asked.answer
-        summary = f"{person.values['town']}, {person.values['work']}."
+        summary = f"{person.values['town']}, {person.values['pet']}."
         for text in rng.sample(ABOUT, 3):
             yield person.name, text.format(n=person.name), summary

@@ -33,7 +33,6 @@ from llmsurgery.data.contexts import HELD_OUT, TEMPLATES, Context, make_context
 from llmsurgery.data.pairs import Pair
 from llmsurgery.evaluate.intervals import Figure, mean_figure
 
-Model = PreTrainedModel | StreamedModel
 METRIC_OF = {"template": "redirect.kl", "paraphrase": "redirect.kl_paraphrase", "alias": "redirect.kl_alias"}
 
 
@@ -103,7 +102,7 @@ def spot_of(context: Context) -> Spot:
 
 
 def reference_of(
-    model: Model,
+    model: PreTrainedModel | StreamedModel,
     structure: Structure,
     probes: Sequence[Probe],
     pad_id: int,
@@ -128,7 +127,11 @@ def reference_of(
 
 
 def _states(
-    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, blocks: Sequence[int]
+    model: PreTrainedModel | StreamedModel,
+    structure: Structure,
+    probes: Sequence[Probe],
+    pad_id: int,
+    blocks: Sequence[int],
 ) -> dict[int, torch.Tensor]:
     """Return the residual stream at the end of the old name, per block and pair, mean over the templates."""
     chosen = [probe for probe in probes if probe.kind == "template"]
@@ -143,7 +146,11 @@ def _means(states: torch.Tensor, probes: Sequence[Probe]) -> torch.Tensor:
 
 
 def redirect_figures(
-    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+    model: PreTrainedModel | StreamedModel,
+    structure: Structure,
+    probes: Sequence[Probe],
+    pad_id: int,
+    reference: RedirectReference,
 ) -> dict[str, Figure]:
     """Measure a model against what the source does with the probes.
 
@@ -159,7 +166,11 @@ def redirect_figures(
 
 
 def _distances(
-    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+    model: PreTrainedModel | StreamedModel,
+    structure: Structure,
+    probes: Sequence[Probe],
+    pad_id: int,
+    reference: RedirectReference,
 ) -> dict[str, Figure]:
     """Return the KL divergences of the distributions after the prompts."""
     seen = read_spots(model, structure, [spot_of(probe.source) for probe in probes], pad_id, (), (), ends=True)
@@ -177,7 +188,11 @@ def _distances(
 
 
 def _written(
-    model: Model, structure: Structure, probes: Sequence[Probe], pad_id: int, reference: RedirectReference
+    model: PreTrainedModel | StreamedModel,
+    structure: Structure,
+    probes: Sequence[Probe],
+    pad_id: int,
+    reference: RedirectReference,
 ) -> dict[str, Figure]:
     count = len({probe.pair for probe in probes})
     if reference.block is None:

@@ -92,9 +92,9 @@ def search_span(
             tried.append({"layers": layers, "kl_left": left, "text_kl": moved, "residual": residual})
             tick()
     best = choose_span(scores)
-    layers = ", ".join(str(layer_of(target)) for target in spans[best])
+    listed = ", ".join(str(layer_of(target)) for target in spans[best])
     operation.progress.notice(
-        f"layers {layers} are edited: {scores[best][0]:.0%} of the divergence from the target is left after the "
+        f"layers {listed} are edited: {scores[best][0]:.0%} of the divergence from the target is left after the "
         f"contexts, and ordinary text moves by {scores[best][1]:.2g} nats per token"
     )
     return spans[best], tried
