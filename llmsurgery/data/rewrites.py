@@ -30,11 +30,13 @@ class Lookup:
         ids: Prompt and answer, without end token.
         position: Index of the lookup token.
         start: Index of the first answer token; len(ids) without an answer.
+        subject: Indices of the first and of the last token of the subject.
     """
 
     ids: tuple[int, ...]
     position: int
     start: int
+    subject: tuple[int, int]
 
     @property
     def key_ids(self) -> tuple[int, ...]:
@@ -103,6 +105,7 @@ def encode_lookup(
         blank = given[-1:].isalnum() or given[-1:] in _BLANK_AFTER
         answer = f" {answer}" if answer and blank else answer
     ids, last, _ = encoder.locate(given + answer, end)
+    _, first, _ = encoder.locate(given + answer, end - len(subject) + 1)
     start = len(ids)
     if answer:
         encoded = encoder.encode(Row("completion", given, answer, where=where))
@@ -111,11 +114,11 @@ def encode_lookup(
         start = encoded.answer_start
     if len(ids) > encoder.max_length:
         raise InputError(f"{where}: {len(ids)} tokens are too many", f"the model takes {encoder.max_length}", "")
-    if not 0 <= last < start:
+    if not 0 <= first <= last < start:
         raise InputError(
             f"{where}: {subject!r} has no token before the answer", "the tokenizer merges them", "add words between"
         )
-    return Lookup(tuple(ids), last if token == "subject" else start - 1, start)
+    return Lookup(tuple(ids), last if token == "subject" else start - 1, start, (first, last))
 
 
 def make_rewrite(
