@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import Operation
+from llmsurgery.methods.concepts import layer_of
 from llmsurgery.methods.fact_figures import answer_figures, neighbour_answers, report
-from llmsurgery.methods.facts import FactConfig, layer_of
+from llmsurgery.methods.facts import FactConfig
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +104,10 @@ def read_keys(
     """
     import torch
 
-    from llmsurgery.compute.spots import LoadedModel, Spot, read_spots
+    from llmsurgery.compute.spots import Spot, read_spots
 
     spots = [Spot(lookup.key_ids, lookup.position) for rewrite in rewrites for lookup in rewrite.keys]
-    runner = LoadedModel(operation.model, operation.structure)
-    seen = read_spots(runner, operation.structure, spots, operation.encoder.pad_id, [target])
+    seen = read_spots(operation.model, operation.structure, spots, operation.encoder.pad_id, [target])
     keys = seen.keys[layer_of(target)].double().cpu()
     found = torch.split(keys, [len(rewrite.keys) for rewrite in rewrites])
     means = [bare * rows[0] + (1 - bare) * rows[1:].mean(0) if len(rows) > 1 else rows[0] for rows in found]
@@ -116,11 +116,10 @@ def read_keys(
 
 def read_states(operation: Operation, block: int, rewrites: Sequence[Rewrite]) -> torch.Tensor:
     """Return the residual stream after a block at the lookup tokens of the bare prompts [width, facts], float64."""
-    from llmsurgery.compute.spots import LoadedModel, Spot, read_spots
+    from llmsurgery.compute.spots import Spot, read_spots
 
     spots = [Spot(rewrite.keys[0].key_ids, rewrite.keys[0].position) for rewrite in rewrites]
-    runner = LoadedModel(operation.model, operation.structure)
-    seen = read_spots(runner, operation.structure, spots, operation.encoder.pad_id, (), [block])
+    seen = read_spots(operation.model, operation.structure, spots, operation.encoder.pad_id, (), [block])
     return seen.states[block].double().cpu().T
 
 

@@ -170,7 +170,9 @@ def choose_layers(
     if facts:
         only = config.token == "subject"
         trace = trace_facts(operation.model, structure, facts, progress, ("mlp",), subject_only=only)
-        found = trace.by_group("mlp").get(group) if trace.facts else None
+        groups = trace.by_group("mlp") if trace.facts else {}
+        # A prompt may end with its subject.
+        found = groups.get(group, groups.get(LAST_SUBJECT_TOKEN))
         if found is not None:
             effects = [float(found[target.layer or 0]) for target in targets]
             chosen = [targets[i] for i in best_span(effects, span)]
@@ -210,9 +212,3 @@ def _present_facts(operation: Operation, rewrites: Sequence[Rewrite]) -> list[Fa
 def span_of(span: int, structure: Structure) -> int:
     """Return how many neighbouring layers are edited: those asked for, or an eighth of the depth, from 1 to 5."""
     return span or max(1, min(5, round(structure.layers / 8)))
-
-
-def layer_of(target: RoleTensor) -> int:
-    """Return the number of a matrix's block."""
-    assert target.layer is not None
-    return target.layer

@@ -9,7 +9,8 @@ Z, H and K as for `memit`, and for l of the edited layers in ascending order:
     W_l += R (lambda I + K^T P K)^-1 K^T P
 
 Nothing that lies in the span of V notices. Facts may be written `batch` at a time: keys of earlier batches are then
-further columns of K whose residuals are zero, so that later facts leave them alone.
+further columns of K whose residuals are zero, so that later facts leave them alone. So are the keys of earlier runs of
+this method and of `rocr`, which are kept beside a result.
 
     s = k^T P k / (lambda + k^T P k)      the share of R that one key gets
 
@@ -19,7 +20,8 @@ What differs from the released code (jianghoucheng/AlphaEdit), and why:
 
 - tau=0.02 is absolute there. Where that leaves less than half or more than 99.5% of the directions free, the protected
   ones hold 99% of the trace of C here.
-- lambda is 1 or 10 per model there. l2=none takes the largest of 1, 0.1, ... that lets the first layer write half.
+- lambda is 1 or 10 per model there. l2=none takes the largest of 1, 0.1, ... with which the first layer
+  writes 90% of its share.
 - The projector is never made: V is kept, and K^T P K is as large as the number of keys.
 - Layers, openings and values are those of `memit` here.
 """
@@ -31,7 +33,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
-from llmsurgery.methods.facts import FactConfig, choose_layers, draw_openings, find_matrices, make_rewrites
+from llmsurgery.methods.concepts import free_directions, largest_lambda, layer_of
+from llmsurgery.methods.facts import (
+    FactConfig,
+    choose_layers,
+    draw_openings,
+    find_matrices,
+    make_rewrites,
+    span_of,
+)
+from llmsurgery.methods.kept_keys import keys_file, read_keys
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 from llmsurgery.train.value_config import ValueConfig
@@ -45,8 +56,6 @@ if TYPE_CHECKING:
     from llmsurgery.data.records import Row
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
-WRITTEN = 0.5
-"""Share of every residual that l2=none lets the first layer write."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class AlphaEditConfig:
         0, "layers that are edited where `layers` is empty; 0: an eighth of the depth, 1 to 5", minimum=0
     )
     tau: float = option(0.02, "eigenvalues of E[k k^T] from which a direction is protected", minimum=0)
-    l2: float | None = option(None, "lambda; none: the largest of 1, 0.1, ... that writes half", minimum=0)
+    l2: float | None = option(None, "lambda; none: the largest of 1, 0.1, ... that writes 90%", minimum=0)
     batch: int = option(0, "facts that are written at a time; 0: all", minimum=0)
     opening_tokens: int = option(10, "length of the openings that keys are averaged over; 0: none", minimum=0)
     facts: FactConfig = field(default_factory=FactConfig)
@@ -106,20 +115,17 @@ class AlphaEdit:
     def edit(self, config: AlphaEditConfig, operation: Operation, prepared: None) -> MethodResult:
         """Choose the layers, look for the values, and write them layer by layer."""
         from llmsurgery.methods.fact_writing import find_statistics, write_layers
-        from llmsurgery.methods.facts import layer_of, span_of
 
         openings = draw_openings(operation, STARTS, config.opening_tokens)
         rewrites = make_rewrites(config.facts, operation.encoder, operation.pairs, openings)
         targets = find_matrices(operation.structure, config.layers)
         span = span_of(config.span, operation.structure)
         chosen, record = choose_layers(operation, config.facts, targets, rewrites, span, bool(config.layers))
-        protected, free = {}, {}
-        for layer, statistics in find_statistics(operation, config.facts, chosen).items():
-            tau, by = null_threshold(statistics.spectrum(), statistics.size, config.tau)
-            protected[layer] = statistics.protected(tau).cpu()
-            directions = statistics.size - protected[layer].shape[1]
-            free[layer] = {"tau": tau, "tau_by": by, "free_directions": directions, "tokens": statistics.tokens}
-        earlier: dict[int, torch.Tensor] = {}
+        statistics = find_statistics(operation, config.facts, chosen)
+        free = {layer: free_directions(of_layer, config.tau) for layer, of_layer in statistics.items()}
+        kept = read_keys(operation.beside)
+        earlier = {layer: keys.double() for layer, keys in kept.items()}
+        own: dict[int, torch.Tensor] = {}
         l2: list[float] = [] if config.l2 is None else [config.l2]
 
         def update(
@@ -130,45 +136,18 @@ class AlphaEdit:
             from llmsurgery.compute.associative import project_out, redirect_factors
 
             layer = layer_of(target)
-            inner = (keys * project_out(keys, protected[layer])).sum(0)
+            protected, before = free[layer].protected, earlier.get(layer)
+            inner = (keys * project_out(keys, protected)).sum(0)
             if not l2:
-                l2.append(largest_l2(float(inner.min())))
-            before = earlier.get(layer)
-            factors = redirect_factors(keys, residuals, protected[layer], l2[0], before)
+                l2.append(largest_lambda(float(inner.min())))
+            factors = redirect_factors(keys, residuals, protected, l2[0], before)
             earlier[layer] = keys if before is None else torch.cat([before, keys], 1)
-            return factors, {"lambda": l2[0], "free_key": inner.tolist(), **free[layer]}
+            own[layer] = keys if layer not in own else torch.cat([own[layer], keys], 1)
+            facts = {"lambda": l2[0], "free_key": inner.tolist(), **free[layer].record}
+            return factors, facts | {"earlier_keys": 0 if before is None else before.shape[1]}
 
         edits, written = write_layers(
             operation, config.facts, config.search, chosen, rewrites, update, config.batch or len(rewrites)
         )
-        return MethodResult(edits, record | {"openings": len(openings), "keys": len(rewrites)} | written, chosen)
-
-
-def null_threshold(spectrum: torch.Tensor, size: int, tau: float) -> tuple[float, str]:
-    """Return the eigenvalue from which directions are protected, and why.
-
-    Args:
-        spectrum: Eigenvalues of C that are not zero, descending.
-        size: Number of directions.
-        tau: The threshold asked for.
-
-    Returns:
-        tau, or where it leaves less than half or more than 99.5% of the directions free that with which the protected
-        ones hold 99% of the trace.
-    """
-    import torch
-
-    free = 1 - float((spectrum >= tau).sum()) / size
-    if not tau or 0.5 <= free <= 0.995:
-        return tau, "setting"
-    held = spectrum.cumsum(0)
-    count = int(torch.searchsorted(held, 0.99 * held[-1])) + 1
-    return float(spectrum[min(count, len(spectrum)) - 1]), "99% of the trace"
-
-
-def largest_l2(inner: float) -> float:
-    """Return the largest of 1, 0.1, ... at which a key with this k^T P k gets half of its residual."""
-    l2 = 1.0
-    while l2 > 1e-12 and inner / (l2 + inner) < WRITTEN:
-        l2 /= 10
-    return l2
+        record |= {"openings": len(openings), "keys": len(rewrites)}
+        return MethodResult(edits, record | written, chosen, keys_file(kept, own))

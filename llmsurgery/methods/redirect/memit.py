@@ -19,7 +19,7 @@ What differs from the released code (kmeng01/memit), and why:
 - It has layers per model: 13-17 of 48, 3-8 of 28. Here a span of an eighth of the depth, at most 5 layers, is taken
   where the subject's MLP outputs restore most in a causal trace.
 - weight is 15,000 to 20,000 there. That leaves little of a fact in models whose keys are short: weight=none takes the
-  largest of 20,000, 2,000, ... at which half of every residual is written in the first layer.
+  largest of 20,000, 2,000, ... at which the first layer writes 90% of its share.
 - Facts with one and the same key share one value; released, the mean of contradicting updates is written.
 - See `rome` on the second moment.
 """
@@ -31,7 +31,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
-from llmsurgery.methods.facts import FactConfig, choose_layers, draw_openings, find_matrices, make_rewrites
+from llmsurgery.methods.concepts import ENOUGH, layer_of
+from llmsurgery.methods.facts import (
+    FactConfig,
+    choose_layers,
+    draw_openings,
+    find_matrices,
+    make_rewrites,
+    span_of,
+)
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 from llmsurgery.train.value_config import ValueConfig
@@ -46,8 +54,6 @@ if TYPE_CHECKING:
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 WEIGHT = 20000.0
-WRITTEN = 0.5
-"""Share of every residual that weight=none lets the first layer write."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class MemitConfig:
         0, "layers that are edited where `layers` is empty; 0: an eighth of the depth, 1 to 5", minimum=0
     )
     weight: float | None = option(
-        None, "lambda, the tokens of text that C is worth; none: the largest that writes half", minimum=0
+        None, "lambda, the tokens of text that C is worth; none: the largest that writes 90%", minimum=0
     )
     opening_tokens: int = option(10, "length of the openings that keys are averaged over; 0: none", minimum=0)
     facts: FactConfig = field(default_factory=FactConfig)
@@ -107,7 +113,6 @@ class Memit:
     def edit(self, config: MemitConfig, operation: Operation, prepared: None) -> MethodResult:
         """Choose the layers, look for the values, and write them layer by layer."""
         from llmsurgery.methods.fact_writing import find_statistics, solver, write_layers
-        from llmsurgery.methods.facts import layer_of, span_of
 
         openings = draw_openings(operation, STARTS, config.opening_tokens)
         rewrites = make_rewrites(config.facts, operation.encoder, operation.pairs, openings)
@@ -135,11 +140,11 @@ class Memit:
 
 
 def largest_weight(inner: float) -> float:
-    """Return the largest of 20,000, 2,000, ... at which a key with this k^T C^-1 k gets half of its residual.
+    """Return the largest of 20,000, 2,000, ... at which a key with this k^T C^-1 k gets 90% of its residual.
 
     One key gets the share q / (lambda + q).
     """
     weight = WEIGHT
-    while weight > 1e-12 and inner / (weight + inner) < WRITTEN:
+    while weight > 1e-12 and inner / (weight + inner) < ENOUGH:
         weight /= 10
     return weight

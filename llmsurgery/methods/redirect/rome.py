@@ -36,12 +36,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
+from llmsurgery.methods.concepts import layer_of
 from llmsurgery.methods.facts import (
     FactConfig,
     choose_layers,
     draw_openings,
     find_matrices,
-    layer_of,
     make_rewrites,
 )
 from llmsurgery.methods.registry import register
