@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BARE = 0.5
 """Weight of the bare prompt in the mean key of MEMIT: one of two kinds of context."""
 
+LARGE = 0.5
+"""||Delta|| / ||W|| from which an edit is likely to be noticed elsewhere."""
+
 TOKENS_PER_DIMENSION = 10
 """Tokens of ordinary text per dimension of a key, from which a second moment is taken as it is."""
 
@@ -203,11 +206,13 @@ def write_update(
     if earlier is not None:
         added -= earlier[0] @ (earlier[1] @ keys)
     shares = (added * residuals).sum(0) / residuals.square().sum(0).clamp(min=1e-300)
-    return total, {
-        "layer": layer_of(target),
-        "strength": shares.tolist(),
-        "relative_norm": update_norm(*factors) / float(np.linalg.norm(stored)),
-    }
+    relative = update_norm(*factors) / float(np.linalg.norm(stored))
+    if relative > LARGE:
+        operation.progress.notice(
+            f"the change of layer {layer_of(target)} is {relative:.2g} times as long as its matrix: see what it does "
+            "to ordinary text, and write less (value_clamp) or elsewhere (layers)"
+        )
+    return total, {"layer": layer_of(target), "strength": shares.tolist(), "relative_norm": relative}
 
 
 def as_edit(target: RoleTensor, factors: Factors) -> LowRank:

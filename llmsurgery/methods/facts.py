@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 POST_NORMS = ("norm.mlp_post",)
 TARGETS = ("text", "refusal", "entropy", "erase")
 NAME_PROMPTS = {"text": "{} is", "refusal": "What do you know about {}?", "entropy": "{} is", "erase": "{} is"}
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""How openings begin in MEMIT."""
+
 TRACED = 8
 """Facts that are traced at most to choose layers."""
 
@@ -67,7 +70,14 @@ def find_matrices(structure: Structure, layers: Sequence[int], post_norm: bool =
             "its blocks have routed experts, and no single matrix turns keys into values",
             "use another model",
         )
-    return structure.select(("mlp.down",), layers or None)
+    found = structure.select(("mlp.down",), layers or None)
+    if routed := sorted(set(layers) - {target.layer for target in found}):
+        raise UnsupportedError(
+            f"block {routed[0]} has no dense MLP",
+            "it has routed experts, and no single matrix turns keys into values",
+            "leave it out of --set layers=...",
+        )
+    return found
 
 
 def make_rewrites(
@@ -131,8 +141,10 @@ def draw_openings(operation: Operation, starts: Sequence[str], tokens: int) -> l
     begun = [encoder.tokenizer(start)["input_ids"] if start else [] for start in starts]
     end_of_text = encoder.tokenizer.bos_token_id
     first = encoder.tokenizer.eos_token_id if end_of_text is None else end_of_text
-    torch.manual_seed(operation.seed)
-    new = generate_batch(operation.model, [ids or [first] for ids in begun], encoder.pad_id, settings)
+    with torch.random.fork_rng():
+        # Openings of another length are no longer forms of these.
+        torch.manual_seed(1000 * operation.seed + tokens)
+        new = generate_batch(operation.model, [ids or [first] for ids in begun], encoder.pad_id, settings)
     drawn = [str(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
     texts = [f"{start}{text}".strip().rstrip(".") for start, text in zip(starts, drawn, strict=True)]
     return [text for text in texts if text]

@@ -248,6 +248,8 @@ def test_what_cannot_be_edited_is_refused(checkpoints: dict[str, Path]) -> None:
         plan("rome", "gpt2", layers="0,1")
     # Block 0 is dense there, block 1 has routed experts.
     assert [target.layer for target in plan("rome", "qwen2_moe")] == [0]
+    with pytest.raises(UnsupportedError, match="block 1"):
+        plan("memit", "qwen2_moe", layers="0,1")
     encoder = Encoder(load_tokenizer(checkpoints["gpt2"]), 64)
     config: Any = resolve_config(find_method("rome").config_type, {"prompt": "no place"})
     with pytest.raises(UsageError, match="no place for the name"):

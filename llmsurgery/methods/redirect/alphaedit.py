@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.concepts import free_directions, largest_lambda, layer_of
 from llmsurgery.methods.facts import (
+    STARTS,
     FactConfig,
     choose_layers,
     draw_openings,
@@ -54,8 +55,6 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
-
-STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
 @dataclass(frozen=True)

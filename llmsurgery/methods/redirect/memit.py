@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.concepts import ENOUGH, layer_of
 from llmsurgery.methods.facts import (
+    STARTS,
     FactConfig,
     choose_layers,
     draw_openings,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
 
-STARTS = ("The", "Therefore", "Because", "I", "You")
 WEIGHT = 20000.0
 
 

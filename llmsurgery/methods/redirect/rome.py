@@ -23,6 +23,7 @@ What differs from the released code (kmeng01/rome), and why:
   dimension; below that, 1e-4 of the mean diagonal is added, and keys that text did not reach look free.
 - Its layers are constants per model. Here the layer where the subject's MLP outputs restore most in a causal trace is
   taken. That does not predict the best layer reliably (arXiv 2301.04213): compare layers where it matters.
+- It draws openings from the end-of-text token. Chat models begin a turn there: theirs begin with "The", "I" and so on.
 - The bias of the matrix, which is part of v, is taken off before W is solved for.
 
 Where the first attention layers carry the subject on to the last token, as in small models, its own token is read no
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.concepts import layer_of
 from llmsurgery.methods.facts import (
+    STARTS,
     FactConfig,
     choose_layers,
     draw_openings,
@@ -124,7 +126,9 @@ class Rome:
         from llmsurgery.methods.fact_figures import answer_figures, neighbour_answers, report
         from llmsurgery.methods.fact_writing import as_edit, write_update
 
-        starts = [""] * config.openings
+        # After the end of a text, chat models begin a turn and no sentence.
+        words = STARTS if operation.encoder.tokenizer.chat_template else ("",)
+        starts = [words[number % len(words)] for number in range(config.openings)]
         openings = [text for tokens in config.opening_tokens for text in draw_openings(operation, starts, tokens)]
         rewrites = make_rewrites(config.facts, operation.encoder, operation.pairs, openings)
         targets = find_matrices(operation.structure, config.layers, config.post_norm)
