@@ -28,8 +28,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 Solve = Callable[[torch.Tensor], torch.Tensor]
 """Returns S X for X [inputs, n], in float64."""
 
-RIDGE = 1e-4
-"""Share of the mean diagonal that is added to a second moment of few tokens before it is inverted."""
+BLOCK_ENTRIES = 2**22
+"""Entries of a matrix that are widened to float64 at once."""
 
 EXACT = 1e-6
 """How far the share of a residual that is written may be from 1 where all of it is to be written."""
@@ -62,7 +62,7 @@ def insert_factors(
     if isinstance(second, torch.Tensor):
         second = moment_solve(second)
     keys = keys.double()
-    solved = second(keys)
+    solved = second(keys).to(keys)
     return residuals.double(), _inner(solved, keys if read is None else read.double(), weight or 0.0)
 
 
@@ -154,6 +154,24 @@ def _inner(solved: torch.Tensor, read: torch.Tensor, weight: float) -> torch.Ten
             "leave out repeated subjects, or raise the regulariser",
         )
     result: torch.Tensor = right
+    return result
+
+
+def apply_matrix(stored: torch.Tensor, keys: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return W K [outputs, c], float64, a few rows at a time.
+
+    Args:
+        stored: W as stored, [outputs, inputs] or with `transposed` [inputs, outputs].
+        keys: K [inputs, c].
+        transposed: Whether it is stored the other way round.
+    """
+    keys = keys.double()
+    rows = max(1, BLOCK_ENTRIES // stored.shape[1])
+    if not transposed:
+        return torch.cat([part.double() @ keys for part in torch.split(stored, rows)])
+    result = keys.new_zeros(stored.shape[1], keys.shape[1])
+    for part, inputs in zip(torch.split(stored, rows), torch.split(keys, rows), strict=True):
+        result += part.double().T @ inputs
     return result
 
 

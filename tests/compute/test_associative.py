@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmsurgery.compute import associative
 from llmsurgery.compute.associative import (
+    apply_matrix,
     insert_factors,
     moment_solve,
     oriented,
@@ -127,6 +129,13 @@ def test_what_cannot_be_solved_is_an_input_error() -> None:
     # A regulariser solves the same system: half of the residual goes to each copy.
     left, right = redirect_factors(torch.eye(3)[:, [0, 0]], torch.ones(2, 2), None, 1e-9)
     close((left @ right)[:, 0], [1.0, 1.0])
+
+
+def test_a_matrix_is_applied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(associative, "BLOCK_ENTRIES", 20)
+    stored, keys = drawn(7, 9, seed=14).float(), drawn(9, 2, seed=15)
+    torch.testing.assert_close(apply_matrix(stored, keys, False), stored.double() @ keys)
+    torch.testing.assert_close(apply_matrix(stored.T.contiguous(), keys, True), stored.double() @ keys)
 
 
 def test_norm_and_orientation() -> None:

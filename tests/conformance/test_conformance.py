@@ -300,9 +300,10 @@ def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: R
     assert outcome.out is None
     assert not (tmp_path / "out").exists()
     targets: Any = outcome.manifest["targets"]
-    assert {row["role"]: row["targeted"] for row in run.manifest["coverage"]} == {
-        role: row["tensors"] for role, row in targets.items()
-    }
+    covered = {row["role"]: row["targeted"] for row in run.manifest["coverage"]}
+    tensors = {role: row["tensors"] for role, row in targets.items()}
+    fewer = all(count <= tensors.get(role, 0) for role, count in covered.items())
+    assert covered == tensors or (METHODS[method].selects and fewer)
     sizes = [Checkpoint.open(run.source).info(name).nbytes for name in run.manifest["tensors"]]
     planned: Any = outcome.manifest["bytes_to_rewrite"]
     assert planned == sum(sizes) or (METHODS[method].selects and planned > sum(sizes))
