@@ -155,7 +155,7 @@ def redirect(
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "rocr".
         source: The name whose meaning changes.
-        target: The harmless name that it is to mean.
+        target: The harmless name that it is to mean; methods that remove a concept need none.
         pairs: Data file of several such pairs, or of facts, in place of the two.
         **options: As for `unlearn`.
 
@@ -165,13 +165,11 @@ def redirect(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
-    if (source is None) != (target is None):
-        raise UsageError(
-            f"--{'from' if source is None else 'to'} is missing", "a name is redirected to another", "give both names"
-        )
+    if source is None and target is not None:
+        raise UsageError("--from is missing", "a name is redirected to another", "give both names")
     request = _request("redirect", method, model, options, pairs=pairs)
-    if source is not None and target is not None:
-        request = dataclasses.replace(request, concepts=(source, target))
+    if source is not None:
+        request = dataclasses.replace(request, concepts=(source, target or ""))
     return operate(request, options.get("progress"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.edits.evaluate import tensor_edits
@@ -13,6 +13,7 @@ from llmsurgery.edits.kinds import File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import BESIDE, Changes, Written
+from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.streamed import measure_streamed, operate_streamed
@@ -81,6 +82,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 statistics=make_statistics(prepared),
                 pairs=prepared.pairs,
                 beside=prepared.checkpoint.root / BESIDE,
+                history=cast(list[dict[str, Any]], earlier_operations(prepared.checkpoint.root)),
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -142,6 +144,11 @@ def _with_redirection(
     """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
 
+    if prepared.concepts:
+        from llmsurgery.evaluate.concept import concept_figure
+
+        own = {"concept.prob": concept_figure(model, prepared.concepts)}
+        return dataclasses.replace(measured, figures={**own, **measured.figures})
     if not prepared.probes:
         return measured
     common = (model, prepared.structure, prepared.probes, prepared.encoder.pad_id)
