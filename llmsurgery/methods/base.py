@@ -7,7 +7,7 @@ pairs)` in its place, which returns what `concept.prob` is measured on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -136,12 +136,14 @@ class MethodResult:
         record: Facts about the run for the manifest (steps, losses, why it stopped).
         targets: The tensors that it chose out of its plan, None for all of them.
         beside: Small files to be kept beside a whole checkpoint, for later operations on it; name -> content.
+        check: Called with the stored result, loaded again; raises if that is not what was meant.
     """
 
     edits: Sequence[Edit]
     record: Mapping[str, object]
     targets: Sequence[RoleTensor] | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    check: Callable[[PreTrainedModel], None] | None = None
 
 
 class Method(Protocol):

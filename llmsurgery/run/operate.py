@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Operated:
-    """What a method made of the source: figures before, edits and files, its record, and the tensors it aimed at."""
+    """What a method made of the source: figures before, edits and files, its record, the tensors it aimed at, and how
+    the result is checked."""
 
     before: Measurement
     changes: Changes
     record: dict[str, object]
     targets: Sequence[RoleTensor]
+    check: Callable[[PreTrainedModel], None] | None = None
 
 
 def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halving) -> Operated:
@@ -96,7 +98,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
-    return Operated(before, Changes(edits, files, result.beside), record, targets)
+    return Operated(before, Changes(edits, files, result.beside), record, targets, result.check)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -180,7 +182,12 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
 
 
 def measure_result(
-    prepared: Prepared, result: Written, before: Measurement, notices: Notices, rows: Halving
+    prepared: Prepared,
+    result: Written,
+    before: Measurement,
+    notices: Notices,
+    rows: Halving,
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Measurement:
     """Reload what was written with stock transformers and peft and measure that, not the live training object.
 
@@ -190,6 +197,7 @@ def measure_result(
         before: Figures of the source, which the result is compared with.
         notices: Told of long work and notices.
         rows: Rows per forward.
+        check: The method's own check of the loaded result.
     """
     from llmsurgery.compute.device import memory_errors
 
@@ -211,5 +219,7 @@ def measure_result(
             from llmsurgery.compute.bundle import model_with_processor
 
             model = model_with_processor(model, result.path)
+        if check is not None:
+            check(model)
         after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
         return _with_redirection(prepared, model, after, before.redirected)

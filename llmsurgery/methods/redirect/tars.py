@@ -126,7 +126,7 @@ class Tars:
         """Change rows, concept by concept, each on the model as edited so far."""
         editor = _Editor(config, operation)
         records = [editor.remove(concept) for concept in make_concepts(config, operation.encoder, operation.pairs)]
-        return MethodResult(editor.edits(), {"concepts": records, "rows": editor.rows}, editor.targets())
+        return MethodResult(editor.edits(), {"concepts": records, "rows": editor.rows})
 
 
 def make_concepts(config: TarsConfig, encoder: Encoder, pairs: Sequence[Pair]) -> list[Concept]:
@@ -365,10 +365,6 @@ class _Editor:
             ascending = np.argsort(indices)
             result.append(Sparse(name, indices[ascending], values[ascending]))
         return result
-
-    def targets(self) -> list[RoleTensor]:
-        """Return the matrices that were changed."""
-        return list(dict.fromkeys(place.tensor for place in self.places if place.tensor.stored in self._new))
 
 
 def turned_rows(history: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
