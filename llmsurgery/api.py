@@ -155,7 +155,7 @@ def redirect(
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "rocr".
         source: The name whose meaning changes.
-        target: The harmless name that it is to mean.
+        target: The harmless name that it is to mean; methods that remove a concept need none.
         pairs: Data file of several such pairs, or of facts, in place of the two.
         **options: As for `unlearn`.
 
@@ -165,13 +165,11 @@ def redirect(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
-    if (source is None) != (target is None):
-        raise UsageError(
-            f"--{'from' if source is None else 'to'} is missing", "a name is redirected to another", "give both names"
-        )
+    if source is None and target is not None:
+        raise UsageError("--from is missing", "a name is redirected to another", "give both names")
     request = _request("redirect", method, model, options, pairs=pairs)
-    if source is not None and target is not None:
-        request = dataclasses.replace(request, concepts=(source, target))
+    if source is not None:
+        request = dataclasses.replace(request, concepts=(source, target or ""))
     return operate(request, options.get("progress"))
 
 
@@ -395,6 +393,106 @@ def trace(
     document = trace_model(request, progress or Silent())
     if picture is not None:
         save_picture(document, fspath(picture))
+    return document
+
+
+def neurons(
+    model: File,
+    *,
+    find: str | None = None,
+    layers: str | None = None,
+    side: str = "in",
+    top: int = 20,
+    tokens: int = 5,
+    fold_norms: bool = False,
+    compare: File | None = None,
+    picture: File | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Name the neurons of the MLPs by the tokens that their weights point to in the head; nothing is changed.
+
+    The model is never loaded: matrices are read one by one, and logits exist for a block of tokens at a time.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+        find: List neurons with a form of this word (case, blank, plural) among their first tokens; else the clearest.
+        layers: Blocks to look at, such as "0,3-5"; all by default.
+        side: "in" for the vectors that read the residual stream (up), "gate" for those that open, "out" for those that
+            write (down), "both" for in and out.
+        top: Neurons listed, by z of the token they are listed for; 0 for all.
+        tokens: First tokens kept of each neuron.
+        fold_norms: Multiply by the gains of the norm before (or after) the MLP and of the final norm.
+        compare: A checkpoint of the same shape; the share of neurons with the same first token is added.
+        picture: PNG, SVG or PDF file for the map of tokens and layers; needs the extra `pictures`.
+        device: Where the products are computed.
+        progress: Told of long work.
+
+    Returns:
+        `decoded` vectors per side, `found`, the listed `neurons` (layer, neuron, part, expert, side, z, margin, p,
+        tokens), `map` with the largest z of some tokens per layer, `agreeing` (side both) and `compare`.
+
+    Raises:
+        InputError: No form of the word is a single token.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.heat import check_picture
+    from llmsurgery.report.neurons import save_neurons
+    from llmsurgery.run.neurons import NeuronsRequest, find_neurons
+
+    if picture is not None:
+        check_picture(fspath(picture))
+    other = None if compare is None else fspath(compare)
+    request = NeuronsRequest(fspath(model), find, layers, side, top, tokens, fold_norms, other, device)
+    document = find_neurons(request, progress or Silent())
+    if picture is not None:
+        save_neurons(document, fspath(picture))
+    return document
+
+
+def lens(
+    model: File,
+    prompt: str,
+    *,
+    token: str | None = None,
+    top: int = 5,
+    site: str = "block",
+    picture: File | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, object]:
+    """Read what a model would say after every layer, by its own final norm and head; nothing is changed.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+        prompt: Text that the model goes on from, as it stands.
+        token: A word whose first token is followed: its probability and rank are added to every reading.
+        top: First tokens of each reading.
+        site: "block" for the residual stream after each block, "attention" and "mlp" for what these add to it,
+            "middle" for the residual between them.
+        picture: PNG, SVG or PDF file; needs the extra `pictures`.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        trust_remote_code: Run model code that the checkpoint brings.
+
+    Returns:
+        `tokens` of the prompt, and `readings`: for each layer, the embedding first, one entry of `positions` per token
+        with its `top` tokens and, for `token`, `p` and `rank`. The last layer is the model's own answer.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.report.heat import check_picture
+    from llmsurgery.report.lens import save_lens
+    from llmsurgery.run.lens import LensRequest, read_through_lens
+
+    if picture is not None:
+        check_picture(fspath(picture))
+    document = read_through_lens(LensRequest(fspath(model), prompt, token, top, site, device, dtype, trust_remote_code))
+    if picture is not None:
+        save_lens(document, fspath(picture))
     return document
 
 

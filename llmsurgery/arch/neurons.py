@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.errors import UnsupportedError
 
 DENSE_GATES = ("mlp.gate", "mlp.gate_up", "shared.gate")
 DENSE_KEYS = ("mlp.down", "shared.down")
+SIDES = {
+    "in": ("mlp.up", "mlp.gate_up", "shared.up", "expert.up"),
+    "gate": ("mlp.gate", "mlp.gate_up", "shared.gate", "expert.gate"),
+    "out": ("mlp.down", "shared.down", "expert.down"),
+}
+"""Sides of a neuron -> the roles that hold its vectors."""
 
 
 def gate_tensors(
@@ -59,3 +68,65 @@ def neuron_count(gate: RoleTensor) -> int:
     rows = gate.shape[1] if gate.transposed else gate.shape[0]
     # Rows of the gate, then rows of `up`.
     return rows // 2 if gate.role == "mlp.gate_up" else rows
+
+
+@dataclass(frozen=True)
+class NeuronVectors:
+    """The vectors of one side of the neurons of one MLP, as they lie in a stored matrix.
+
+    Attributes:
+        side: What the vectors do: "in" reads the residual stream (up), "gate" opens (gate), "out" writes (down).
+        tensor: The stored matrix.
+        first: Row of the matrix at which they begin.
+        count: Number of neurons.
+    """
+
+    side: str
+    tensor: RoleTensor
+    first: int
+    count: int
+
+    @property
+    def part(self) -> str:
+        """Which MLP of the block: "mlp", "shared" or "expert"."""
+        return self.tensor.role.partition(".")[0]
+
+    @property
+    def as_rows(self) -> bool:
+        """Whether a neuron's vector is a row of the stored matrix, else it is a column."""
+        return (self.side == "out") == self.tensor.transposed
+
+
+def neuron_vectors(
+    structure: Structure, side: str, layers: Sequence[int] | None = None, dense: bool = False
+) -> list[NeuronVectors]:
+    """Return where the vectors of a side are stored, in order of layer.
+
+    Args:
+        structure: The checkpoint's roles.
+        side: "in", "gate" or "out".
+        layers: Block numbers; None: all.
+        dense: Leave routed experts out.
+
+    Raises:
+        UnsupportedError: The model's MLPs have no gate, or all of them are routed experts and `dense` is set.
+    """
+    roles = [role for role in SIDES[side] if role in structure.roles and not (dense and role.startswith("expert."))]
+    if not roles:
+        if side == "gate":
+            raise UnsupportedError(
+                f"the MLPs of a {structure.family.name} model have no gate",
+                "each neuron has one reading and one writing vector",
+                "choose the side in, out or both",
+            )
+        raise _only_experts()
+    found = []
+    for tensor in structure.select(roles, layers):
+        reading = tensor.shape[1 if tensor.transposed else 0]
+        count = tensor.shape[0 if tensor.transposed else 1] if side == "out" else reading
+        if tensor.role == "mlp.gate_up":
+            count //= 2
+        # Rows of the gate, then rows of `up`, as Phi3MLP splits them.
+        first = count if (tensor.role, side) == ("mlp.gate_up", "in") else 0
+        found.append(NeuronVectors(side, tensor, first, count))
+    return found

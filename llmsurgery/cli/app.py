@@ -15,7 +15,9 @@ from llmsurgery.cli.compare import compare
 from llmsurgery.cli.diff import diff
 from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
+from llmsurgery.cli.lens import lens
 from llmsurgery.cli.methods import methods
+from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
@@ -38,6 +40,8 @@ for name, command in (
     ("compare", compare),
     ("inspect", inspect),
     ("trace", trace),
+    ("neurons", neurons),
+    ("lens", lens),
     ("diff", diff),
     ("apply", apply),
     ("revert", revert),

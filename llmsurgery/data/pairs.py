@@ -24,7 +24,7 @@ class Pair:
 
     Attributes:
         source: The name whose meaning changes; of a fact, its subject.
-        target: The name it is to mean; of a fact, the new answer.
+        target: The name it is to mean; of a fact, the new answer; "" where a concept is only removed.
         aliases: Further names of the source.
         prompts: Texts with one `{}` for the name, beside the shipped ones.
         prompt: Of a fact, the text with one `{}` that the new answer follows; "" for a pair of names.
@@ -42,7 +42,7 @@ class Pair:
 
     def record(self) -> dict[str, object]:
         """Return the pair as JSON values, without what is empty."""
-        found: dict[str, object] = {"from": self.source, "to": self.target}
+        found: dict[str, object] = {"from": self.source, **({"to": self.target} if self.target else {})}
         if self.prompt:
             found["prompt"] = self.prompt
         lists = {"aliases": self.aliases, "prompts": self.prompts, "neighbours": self.neighbours}
@@ -55,7 +55,7 @@ def make_pair(source: str, target: str, where: str = "--from") -> Pair:
     Raises:
         InputError: One of them is blank, or they are the same.
     """
-    return _checked(Pair(source, target, where=where))
+    return _checked(Pair(source, target, where=where), target != "")
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -91,9 +91,11 @@ def _parse(record: object, where: str) -> Pair:
     rewrite = record.get("requested_rewrite")
     if isinstance(rewrite, dict):
         return _fact({**record, **rewrite}, where)
-    if {"from", "to"} <= record.keys():
-        names = (_text(record["from"], "from", where), _text(record["to"], "to", where))
-        return _checked(Pair(*names, _texts(record, "aliases", where), _texts(record, "prompts", where), where=where))
+    if "from" in record:
+        # Whether a target is needed depends on the method.
+        names = (_text(record["from"], "from", where), _text(record["to"], "to", where) if "to" in record else "")
+        pair = Pair(*names, _texts(record, "aliases", where), _texts(record, "prompts", where), where=where)
+        return _checked(pair, "to" in record)
     if {"prompt", "subject"} <= record.keys() and ("target" in record or "target_new" in record):
         return _fact(record, where)
     found = ", ".join(sorted(map(str, record))) or "no key"
@@ -130,8 +132,8 @@ def _fact(record: Mapping[str, object], where: str) -> Pair:
     return _checked(pair)
 
 
-def _checked(pair: Pair) -> Pair:
-    for name, key in ((pair.source, "from"), (pair.target, "to")):
+def _checked(pair: Pair, has_target: bool = True) -> Pair:
+    for name, key in ((pair.source, "from"), (pair.target, "to"))[: 2 if has_target else 1]:
         if not name.strip():
             raise InputError(f"{pair.where}: {key} is empty", "it is the name of a concept", "give a name")
     if pair.source.strip() == pair.target.strip():

@@ -1,14 +1,15 @@
 """What a method is: a spec, a config, and three functions. No heavy import.
 
 A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
-also `check_pairs(config, encoder, pairs)`, which raises.
+also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
+pairs)` in its place, which returns what `concept.prob` is measured on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +54,7 @@ class MethodSpec:
         selects: Whether the data decide which of the planned tensors change; the plan is then an upper bound.
         lacks: Roles that a model must not have.
         streams: Whether it can run on a model that is read block by block, and plans from headers alone.
+        targetless: Whether pairs need no target: the name alone says what is to change.
     """
 
     name: str
@@ -75,6 +77,7 @@ class MethodSpec:
     selects: bool = False
     lacks: tuple[str, ...] = ()
     streams: bool = False
+    targetless: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -105,6 +108,7 @@ class Operation:
         streamed: The source model read block by block, in place of a loaded one (`model` is its stock model, whose
             blocks are empty unless they run or are held); None if it is loaded.
         beside: Directory of what earlier operations kept beside the source; it may not exist.
+        history: The operations that made the source, oldest first, as its manifest tells them.
     """
 
     structure: Structure
@@ -120,6 +124,7 @@ class Operation:
     pairs: Sequence[Pair] = ()
     streamed: StreamedModel | None = None
     beside: Path | None = None
+    history: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,14 @@ class MethodResult:
         record: Facts about the run for the manifest (steps, losses, why it stopped).
         targets: The tensors that it chose out of its plan, None for all of them.
         beside: Small files to be kept beside a whole checkpoint, for later operations on it; name -> content.
+        check: Called with the stored result, loaded again; raises if that is not what was meant.
     """
 
     edits: Sequence[Edit]
     record: Mapping[str, object]
     targets: Sequence[RoleTensor] | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    check: Callable[[PreTrainedModel], None] | None = None
 
 
 class Method(Protocol):

@@ -1,15 +1,18 @@
-"""Causal traces as heat maps: tables for the terminal and pictures for a file."""
+"""Causal traces as heat maps: tables for the terminal and pictures for a file; and what other maps share with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from llmsurgery.errors import ResourceError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -32,14 +35,25 @@ def heat_table(document: Mapping[str, Any], kind: str) -> Table:
         table.add_column(str(layer), justify="right")
     top = max(max(abs(value) for value in values) for _, values in rows) or 1.0
     for label, values in rows:
-        table.add_row(Text(repr(label)[1:-1]), *(_cell(value, top) for value in values))
+        table.add_row(Text(repr(label)[1:-1]), *(shaded(f"{value:.3f}", value / top) for value in values))
     return table
 
 
-def _cell(value: float, top: float) -> Text:
-    share = max(0.0, min(1.0, value / top))
+def shaded(text: str, share: float) -> Text:
+    """Return a cell on ground that is the darker the larger its share of the largest value."""
+    share = max(0.0, min(1.0, share))
     light = round(255 * (1 - 0.75 * share))
-    return Text(f"{value:.3f}", style=f"{'white' if share > 0.6 else 'black'} on rgb({light},{light},255)")
+    return Text(text, style=f"{'white' if share > 0.6 else 'black'} on rgb({light},{light},255)")
+
+
+def visible(text: str) -> Text:
+    """Return a text as it stands; rich would take brackets in it for markup."""
+    return Text(text)
+
+
+def plain(text: str) -> str:
+    """Return a text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
 
 
 def check_picture(path: str) -> None:
@@ -89,8 +103,17 @@ def save_picture(document: Mapping[str, Any], path: str) -> None:
         f"p {document['clean']:.3f}, with noise of {noise['multiplier']:g} sigma {document['corrupted']:.3f}: "
         "part of the answer's probability that comes back"
     )
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """Write a picture.
+
+    Raises:
+        ResourceError: The file cannot be written.
+    """
     try:
-        # Without a date the same trace gives the same bytes.
+        # Without a date the same figures give the same bytes.
         figure.savefig(path, metadata={"Date": None} if path.lower().endswith(".svg") else None)
     except OSError as error:
         raise ResourceError(f"{path} cannot be written", str(error), "choose another place for --picture") from error

@@ -120,7 +120,7 @@ def _publish(
         with write_form(prepared, publication, changes) as written:
             for message in publication.notices:
                 notices.notice(message)
-            after = measure_result(prepared, written, before, notices, rows)
+            after = measure_result(prepared, written, before, notices, rows, operated.check)
         warn_of_spill(before, after, notices)
         warn_of_rounding(prepared, operated.record, before, after, notices)
         gates = check_gates(prepared.gates, _values(after), _values(before))

@@ -66,7 +66,7 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
     require_figures(method, evaluation)
     files = data_files(method, request)
     pairs = requested_pairs(method, request, files)
-    available = available_needs(files, evaluation, request, pairs)
+    available = available_needs(method, files, evaluation, request, pairs)
     for text in request.require:
         parse_gate(text, available | ROW_NEEDS)
     source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.edits.evaluate import tensor_edits
@@ -13,6 +13,7 @@ from llmsurgery.edits.kinds import File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import BESIDE, Changes, Written
+from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.streamed import measure_streamed, operate_streamed
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Operated:
-    """What a method made of the source: figures before, edits and files, its record, and the tensors it aimed at."""
+    """What a method made of the source: figures before, edits and files, its record, the tensors it aimed at, and how
+    the result is checked."""
 
     before: Measurement
     changes: Changes
     record: dict[str, object]
     targets: Sequence[RoleTensor]
+    check: Callable[[PreTrainedModel], None] | None = None
 
 
 def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halving) -> Operated:
@@ -81,6 +84,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 statistics=make_statistics(prepared),
                 pairs=prepared.pairs,
                 beside=prepared.checkpoint.root / BESIDE,
+                history=cast(list[dict[str, Any]], earlier_operations(prepared.checkpoint.root)),
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -94,7 +98,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
-    return Operated(before, Changes(edits, files, result.beside), record, targets)
+    return Operated(before, Changes(edits, files, result.beside), record, targets, result.check)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -142,6 +146,11 @@ def _with_redirection(
     """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
 
+    if prepared.concepts:
+        from llmsurgery.evaluate.concept import concept_figure
+
+        own = {"concept.prob": concept_figure(model, prepared.concepts)}
+        return dataclasses.replace(measured, figures={**own, **measured.figures})
     if not prepared.probes:
         return measured
     common = (model, prepared.structure, prepared.probes, prepared.encoder.pad_id)
@@ -173,7 +182,12 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
 
 
 def measure_result(
-    prepared: Prepared, result: Written, before: Measurement, notices: Notices, rows: Halving
+    prepared: Prepared,
+    result: Written,
+    before: Measurement,
+    notices: Notices,
+    rows: Halving,
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Measurement:
     """Reload what was written with stock transformers and peft and measure that, not the live training object.
 
@@ -183,6 +197,7 @@ def measure_result(
         before: Figures of the source, which the result is compared with.
         notices: Told of long work and notices.
         rows: Rows per forward.
+        check: The method's own check of the loaded result.
     """
     from llmsurgery.compute.device import memory_errors
 
@@ -204,5 +219,7 @@ def measure_result(
             from llmsurgery.compute.bundle import model_with_processor
 
             model = model_with_processor(model, result.path)
+        if check is not None:
+            check(model)
         after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
         return _with_redirection(prepared, model, after, before.redirected)

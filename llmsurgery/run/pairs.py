@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmsurgery.data.pairs import Pair, make_pair, read_pairs
-from llmsurgery.errors import UsageError
+from llmsurgery.errors import InputError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.methods.base import Method
 from llmsurgery.run.request import Request
@@ -34,14 +34,25 @@ def requested_pairs(method: Method, request: Request, files: Mapping[str, Path])
     if not wants_pairs(method):
         return []
     if request.concepts is None:
-        return read_pairs(files[NEED])
-    if NEED in request.data:
+        pairs = read_pairs(files[NEED])
+    elif NEED in request.data:
         raise UsageError("--from and --pairs are given", "both say what to redirect", "put all of it into the file")
-    return [make_pair(*request.concepts)]
+    else:
+        pairs = [make_pair(*request.concepts)]
+    if not method.spec.targetless and (lacking := [pair for pair in pairs if not pair.target]):
+        where = lacking[0].where
+        if request.concepts is not None:
+            raise UsageError("--to is missing", f"{method.spec.name} redirects a name to another", "give both names")
+        raise InputError(
+            f"{where} has no `to`", f"{method.spec.name} redirects a name to another", "add it to the record"
+        )
+    return pairs
 
 
-def pair_needs(pairs: Sequence[Pair]) -> set[str]:
+def pair_needs(method: Method, pairs: Sequence[Pair]) -> set[str]:
     """Return the needs of metrics that the pairs meet."""
+    if method.spec.targetless:
+        return {"concept"} if pairs else set()
     names = [pair for pair in pairs if not pair.prompt]
     return ({NEED} if names else set()) | ({"aliases"} if any(pair.aliases for pair in names) else set())
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmsurgery.data.chat import Encoded, Encoder
+    from llmsurgery.data.concepts import Concept
     from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
     from llmsurgery.evaluate.redirection import Probe
@@ -70,6 +71,7 @@ class Prepared:
         guarding: Resolved guard settings.
         pairs: What is redirected where.
         probes: Prompts that tell how far that went.
+        concepts: What is removed, where nothing takes its place.
     """
 
     request: Request
@@ -95,6 +97,7 @@ class Prepared:
     guarding: GuardConfig
     pairs: Sequence[Pair] = ()
     probes: Sequence[Probe] = ()
+    concepts: Sequence[Concept] = ()
 
     @property
     def export(self) -> str:
@@ -130,7 +133,7 @@ def prepare(request: Request) -> Prepared:
     if guard not in ("self", "none"):
         files["guard"], guard = Path(guard), "file"
     pairs = requested_pairs(method, request, files)
-    available = available_needs(files, evaluation, request, pairs)
+    available = available_needs(method, files, evaluation, request, pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
@@ -157,22 +160,27 @@ def prepare(request: Request) -> Prepared:
     data = method.prepare(config, encoder, rows)
     measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
     probes = encode_pairs(method, config, encoder, pairs)
+    concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
     contexts = [context for probe in probes for context in (probe.source, probe.target)]
     require_known_tokens(measured, structure, [context.encoded for context in contexts])
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts,
     )  # fmt: skip
 
 
 def available_needs(
-    files: Mapping[str, Path], evaluation: EvaluationConfig, request: Request, pairs: Sequence[Pair]
+    method: Method,
+    files: Mapping[str, Path],
+    evaluation: EvaluationConfig,
+    request: Request,
+    pairs: Sequence[Pair],
 ) -> set[str]:
     """Return the needs of metrics that are met, those that the rows themselves meet left out."""
     if evaluation.figures == "edit":
-        return pair_needs(pairs)
+        return pair_needs(method, pairs)
     given = {name for name in DATA_NAMES if name in files} | {"whole"}
-    return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(pairs)
+    return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
 def check_editable(targets: Sequence[RoleTensor]) -> None:
@@ -191,7 +199,7 @@ def check_editable(targets: Sequence[RoleTensor]) -> None:
 
 def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
     """Let the method check the pairs, and return the prompts that they are measured on."""
-    if not pairs:
+    if not pairs or method.spec.targetless:
         return []
     from llmsurgery.evaluate.redirection import make_probes
 
@@ -273,9 +281,10 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
         elif name not in files:
             if name == PAIRS:
                 raise UsageError(
-                    "--from and --to are missing",
-                    f"{method.spec.name} redirects one concept to another",
-                    "give --from TEXT --to TEXT, or --pairs FILE; or no MODEL to see the demo",
+                    "--from is missing" if method.spec.targetless else "--from and --to are missing",
+                    f"{method.spec.name} has to know the concept",
+                    f"give --from TEXT{'' if method.spec.targetless else ' --to TEXT'}, or --pairs FILE; "
+                    "or no MODEL to see the demo",
                 )
             raise UsageError(
                 f"--{name} is missing",

@@ -20,7 +20,7 @@ from llmsurgery import apply, diff, redirect, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
-from llmsurgery.edits.kinds import Edit, LowRank, Replace
+from llmsurgery.edits.kinds import Edit, LowRank, Replace, Sparse
 from llmsurgery.errors import UnsupportedError
 from llmsurgery.methods.registry import all_methods
 from llmsurgery.methods.settings import settings_of
@@ -242,6 +242,9 @@ def test_method_writes_exactly_its_edits(method: str, architecture: str, train: 
             expected = rounded(tensor.double().numpy() + edit.u @ edit.v, tensor.dtype)
         elif isinstance(edit, Replace):
             expected = rounded(edit.values, tensor.dtype)
+        elif isinstance(edit, Sparse):
+            expected = tensor.clone()
+            expected.view(-1)[torch.from_numpy(edit.indices)] = rounded(edit.values, tensor.dtype)
         else:
             expected = tensor
         assert new[name].dtype == tensor.dtype
