@@ -4,6 +4,10 @@ One file: magic, compressed pieces, a JSON index, its length and SHA-256, magic 
 changed block. Stored entries are mapped to integers in the order of the numbers they stand for; the difference of old
 and new, which is small where a weight moved a little, is folded to non-negative numbers and split into byte planes,
 which Zstandard then compresses. The map is a bijection on bit patterns, so that every old byte comes back.
+
+Tensors are listed under the source's names. One that has another name in the result, or of which the result holds only
+a part, says so (`now`, null for one that is gone, and `keep`, the indices of each axis that was cut); what was cut off
+is told apart from zeros. Weight files that hold other tensors than the source's are listed with the source's header.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ import numpy.typing as npt
 
 from llmsurgery.checkpoint.carry import permission_bits
 from llmsurgery.checkpoint.index import Checkpoint
+from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.checkpoint.paths import inside_name
 from llmsurgery.checkpoint.reader import opened, read_into
 from llmsurgery.edits.delta import side_digests
-from llmsurgery.edits.write import Stored, TensorChange
+from llmsurgery.edits.origin import Moves, Origin, Stored
+from llmsurgery.edits.write import TensorChange
 from llmsurgery.errors import DamagedError, InputError
 
 if TYPE_CHECKING:
@@ -33,6 +39,9 @@ if TYPE_CHECKING:
 
 NAME = ".llmsurgery/undo.bin"
 FORMAT = 1
+MOVED_FORMAT = 2
+"""Of undo data that lead back to other names, shapes or headers."""
+
 _MAGIC = b"LSUNDO\0\1"
 _TAIL = struct.Struct("<Q32s8s")
 _PIECE_BYTES = 4 << 20
@@ -83,13 +92,16 @@ class UndoWriter:
 
     Args:
         stream: The empty file, open for writing.
+        source: The checkpoint to lead back to.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, source: Checkpoint) -> None:
         self.stream = stream
+        self.source = source
         self.offset = stream.write(_MAGIC)
         self.blocks: dict[str, list[list[int]]] = {}
         self.files: list[dict[str, object]] = []
+        self.weights: dict[str, dict[str, object]] = {}
         self._compressor = _compressor()
 
     def add_rows(self, name: str, start: int, raw: Stored, result: Stored) -> None:
@@ -123,42 +135,87 @@ class UndoWriter:
         if source is None:
             self.files.append({"path": path, "content": None})
             return
-        content = source.read_bytes()
-        place = self._write(self._compressor.compress(content))
-        self.files.append({"path": path, "content": place, "bytes": len(content), "mode": permission_bits(source)})
+        self.files.append({"path": path, **self._content(source.read_bytes()), "mode": permission_bits(source)})
 
-    def finish(self, changes: Iterable[TensorChange], left_out: Iterable[str], beside: Mapping[str, str]) -> int:
+    def add_layout(self, layout: Layout) -> None:
+        """Keep the headers of weight files that the result holds anew or not at all, and the index.
+
+        Args:
+            layout: Where the tensors of the result lie.
+        """
+        source = self.source
+        for file in [*layout.files, *sorted(layout.removed)]:
+            path, header = source.root / file, source.headers[file]
+            with opened(path) as (descriptor, _):
+                prefix = bytearray(header.data_start)
+                read_into(descriptor, memoryview(prefix), 0, path)
+            self.weights[file] = {
+                **self._content(bytes(prefix)), "mode": permission_bits(path), "file_bytes": header.file_size
+            }  # fmt: skip
+        if layout.index is not None and source.index_file is not None:
+            self.add_file(source.index_file, source.root / source.index_file)
+
+    def _content(self, content: bytes) -> dict[str, object]:
+        return {"content": self._write(self._compressor.compress(content)), "bytes": len(content)}
+
+    def finish(
+        self,
+        changes: Iterable[TensorChange],
+        left_out: Iterable[str],
+        beside: Mapping[str, str],
+        moves: Moves | None = None,
+    ) -> int:
         """Write the index.
 
         Args:
             changes: What the writer recorded.
             left_out: Files of the source that were not carried over into the result.
             beside: SHA-256 of the result's side files by name.
+            moves: How names and shapes changed.
 
         Returns:
             Bytes of the whole file.
         """
-        tensors = {
-            change.name: {
-                "dtype": change.dtype,
-                "shape": list(change.shape),
-                "before": change.sha256_before,
-                "after": change.sha256_after,
-                "blocks": self.blocks.get(change.name, []),
-            }
-            for change in changes
-            if change.changed
-        }
-        document = {
+        tensors = self._tensors({change.name: change for change in changes}, moves or Moves())
+        document: dict[str, object] = {
             "format": FORMAT,
             "tensors": tensors,
             "files": self.files,
             "beside": dict(beside),
             "left_out": sorted(left_out),
         }
+        if self.weights:
+            document |= {"format": MOVED_FORMAT, "weights": self.weights}
         index = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
         tail = _TAIL.pack(len(index), hashlib.sha256(index).digest(), _MAGIC)
         return self.offset + self.stream.write(index) + self.stream.write(tail)
+
+    def _tensors(self, changes: Mapping[str, TensorChange], moves: Moves) -> dict[str, dict[str, object]]:
+        """Return the entries of all tensors of the source that are not in the result as they were."""
+        moved = {origin.source: origin for origin in moves.origins.values() if origin.source is not None}
+        tensors: dict[str, dict[str, object]] = {}
+        for name, change in changes.items():
+            stays = name not in moved and name not in moves.gone
+            # What is no tensor of the source needs no way back, nor does what nothing happened to.
+            if change.sha256_before is None or (stays and not change.changed):
+                continue
+            origin = moved.get(name)
+            after = changes[origin.name].sha256_after if origin else change.sha256_after if stays else None
+            info = self.source.info(name)
+            tensors[name] = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "before": change.sha256_before,
+                "after": after,
+                "blocks": self.blocks.get(name, []),
+            }
+            if not stays:
+                tensors[name]["now"] = origin.name if origin else None
+            if origin and origin.keep:
+                tensors[name]["keep"] = {
+                    str(axis): self._content(indices.astype("<i8").tobytes()) for axis, indices in origin.keep.items()
+                }
+        return tensors
 
 
 def _damaged(path: Path, why: str) -> DamagedError:
@@ -193,12 +250,14 @@ class Undo:
         tensors: Index entry of every changed tensor.
         beside: SHA-256 of the result's side files by name.
         left_out: Files of the source that the result does not have.
+        weights: Index entry of every weight file whose header is not the source's.
     """
 
     path: Path
     tensors: Mapping[str, Mapping[str, Any]]
     beside: Mapping[str, str]
     left_out: tuple[str, ...]
+    weights: Mapping[str, Mapping[str, Any]]
     _files: list[dict[str, Any]] = field(repr=False)
     _end: int = 0
 
@@ -234,6 +293,37 @@ class Undo:
     def old_rows(self, new: Stored, place: Sequence[int]) -> Stored:
         """Return the old rows of one piece from the new ones."""
         return _restore(self.piece(place, new.nbytes), new)
+
+    def now(self, name: str) -> str | None:
+        """Return the name in the result of a changed tensor of the source, None if it is gone."""
+        found = self.tensors[name].get("now", name)
+        return None if found is None else str(found)
+
+    def origin(self, name: str, result: Checkpoint) -> Origin | None:
+        """Return what the result says of a changed tensor of the source; None if it is gone.
+
+        Raises:
+            DamagedError: The indices do not fit the shapes.
+        """
+        entry, now = self.tensors[name], self.now(name)
+        if now is None:
+            return None
+        info, keep = result.info(now), {}
+        for axis, place in entry.get("keep", {}).items():
+            indices = np.frombuffer(self.piece(place["content"], place["bytes"]), dtype="<i8")
+            number, shape = int(axis), entry["shape"]
+            fits = 0 <= number < len(shape) and bool(indices.size) and bool((np.diff(indices) > 0).all())
+            if not fits or indices[0] < 0 or indices[-1] >= shape[number]:
+                raise _damaged(self.path, f"what was kept of tensor {name!r} does not fit its shape")
+            keep[number] = indices
+        shape = tuple(keep[axis].size if axis in keep else length for axis, length in enumerate(entry["shape"]))
+        if (info.dtype, info.shape) != (entry["dtype"], shape):
+            raise _damaged(self.path, f"tensor {now!r} of the result has another dtype or shape than they say")
+        return Origin(now, info.dtype, info.shape, name, keep)
+
+    def prefix(self, file: str) -> bytes:
+        """Return everything that stood before the data of a weight file in the source."""
+        return self.piece(self.weights[file]["content"], self.weights[file]["bytes"])
 
     def files(self) -> list[OldFile]:
         """Return the side files as they were.
@@ -283,7 +373,16 @@ def read_undo(root: Path) -> Undo:
     if hashlib.sha256(index).digest() != digest:
         raise _damaged(path, "its index has another SHA-256")
     document = json.loads(index)
-    return Undo(path, document["tensors"], document["beside"], tuple(document["left_out"]), document["files"], end)
+    if document["format"] not in (FORMAT, MOVED_FORMAT):
+        raise InputError(
+            f"{str(path)!r} has format {document['format']!r}",
+            f"this version reads formats {FORMAT} and {MOVED_FORMAT}",
+            "use the version of llmsurgery that wrote it",
+        )
+    weights = {inside_name(name, "the undo data"): entry for name, entry in document.get("weights", {}).items()}
+    return Undo(
+        path, document["tensors"], document["beside"], tuple(document["left_out"]), weights, document["files"], end
+    )
 
 
 def check_fit(undo: Undo, result: Checkpoint) -> None:
@@ -294,9 +393,12 @@ def check_fit(undo: Undo, result: Checkpoint) -> None:
     """
     changed = None
     for name, entry in undo.tensors.items():
-        info = result.info(name)
+        now = undo.now(name)
+        if now is None or entry.get("keep"):
+            continue
+        info = result.info(now)
         if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
-            changed = f"tensor {name!r} has another dtype or shape"
+            changed = f"tensor {now!r} has another dtype or shape"
     present = side_digests(result)
     for name, digest in undo.beside.items():
         if present.get(name) != digest:

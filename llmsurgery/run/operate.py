@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
+from llmsurgery.checkpoint.layout import Layout
+from llmsurgery.edits.config import beside_files
 from llmsurgery.edits.evaluate import tensor_edits
-from llmsurgery.edits.kinds import File
+from llmsurgery.edits.kinds import Config, File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import BESIDE, Changes, Written
@@ -89,8 +91,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     targets = prepared.targets if result.targets is None else result.targets
-    files = [edit for edit in result.edits if isinstance(edit, File)]
-    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File)])
+    files = beside_files(prepared.checkpoint, result.edits)
+    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File | Config)])
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
@@ -172,6 +174,16 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
     return read
 
 
+def _check_layout(written: Checkpoint, layout: Layout) -> None:
+    expected = {name: (info.dtype, info.shape) for name, info in layout.tensors.items()}
+    if {name: (info.dtype, info.shape) for name, info in written.tensors.items()} != expected:
+        raise DamagedError(
+            f"the checkpoint in {str(written.root)!r} has other tensors than were written into it",
+            "another program changed it",
+            "run again when nothing else writes there",
+        )
+
+
 def measure_result(
     prepared: Prepared, result: Written, before: Measurement, notices: Notices, rows: Halving
 ) -> Measurement:
@@ -187,15 +199,16 @@ def measure_result(
     from llmsurgery.compute.device import memory_errors
 
     path = prepared.checkpoint.root if result.export in ("adapter", "processor") else result.path
-    written = Checkpoint.open(path)
-    if written.tensors.keys() != prepared.checkpoint.tensors.keys():
-        raise DamagedError(
-            "the written checkpoint has other tensors than its source", "it was changed while written", ""
-        )
+    if path == result.path:
+        _check_layout(Checkpoint.open(path), result.layout)
     if prepared.evaluation.figures == "edit":
         return measure_streamed(prepared, path, before)
     with memory_errors():
         model = _load(prepared, path, result.export == "bundle")
+        if path == result.path and result.added:
+            from llmsurgery.compute.load import require_taken
+
+            require_taken(model, path, result.added, tensor_reader(Checkpoint.open(path)))
         if result.export == "adapter":
             from llmsurgery.train.adapter import attach_adapter
 
