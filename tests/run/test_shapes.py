@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from llmsurgery import apply, diff, inspect, revert, unlearn, verify
+from llmsurgery import apply, diff, revert, unlearn, verify
 from llmsurgery.edits.kinds import Add, Config, Drop, Edit, Rename, Replace, Slice
 from llmsurgery.errors import DamagedError, InputError, NoEffectError, UsageError
 from llmsurgery.methods.base import MethodResult
 from llmsurgery.run import operate
+from llmsurgery.run.inspect import inspect_model
 
 Operate = Callable[..., dict[str, Any]]
 
@@ -101,7 +102,7 @@ def check(source: Path, out: Path, edits: Sequence[Edit], operation: Operate, tm
     operation(source, tmp_path / "bare", edits, undo=False, link=True)
     assert model_files(tmp_path / "bare") == model_files(out)
     assert tree(source) == before, "the source changed"
-    assert inspect(out)["parameters"] == sum(tensor.numel() for tensor in new.values())
+    assert inspect_model(str(out))["parameters"] == sum(tensor.numel() for tensor in new.values())
     return manifest
 
 
