@@ -258,18 +258,23 @@ def _checked(path: Path, buffers: tuple[str, ...], make: Callable[[], tuple[Any,
 
 
 def require_taken(
-    model: PreTrainedModel, path: Path, names: Sequence[str], read: Callable[[str], npt.NDArray[np.floating]]
+    model: PreTrainedModel,
+    path: Path,
+    names: Sequence[str],
+    read: Callable[[str], npt.NDArray[np.floating]],
+    buffers: tuple[str, ...] = (),
 ) -> None:
     """Refuse a loaded model that did not take stored tensors which its source does not have.
 
-    A loader may pass over a tensor in silence: one that its class ignores by name, or a head that the configuration
-    ties to the embedding. What `load_model` refuses is not looked for again.
+    A loader may pass over a tensor in silence, because its class ignores the name, or because something else is tied
+    to its place. What `load_model` refuses is not looked for again.
 
     Args:
         model: The model.
         path: The checkpoint that it was loaded from.
         names: Stored names.
         read: Reads a stored tensor.
+        buffers: As for `load_model`.
 
     Raises:
         DamagedError: Names the first tensor that has no effect.
@@ -279,10 +284,9 @@ def require_taken(
     for name in names:
         found = parameters.get(name)
         if found is not None:
-            stored = torch.from_numpy(read(name))
-            taken = torch.equal(stored.to(found.dtype), found.detach().cpu().reshape(stored.shape))
+            taken = torch.equal(torch.from_numpy(read(name)).to(found.dtype), found.detach().cpu())
         else:
-            taken = not any(re.search(pattern, name) for pattern in ignored)
+            taken = not name.endswith(buffers) and not any(re.search(pattern, name) for pattern in ignored)
         if not taken:
             raise DamagedError(
                 f"stock transformers does not take the tensor {name} of {path}",

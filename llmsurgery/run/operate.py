@@ -208,7 +208,8 @@ def measure_result(
         if path == result.path and result.added:
             from llmsurgery.compute.load import require_taken
 
-            require_taken(model, path, result.added, tensor_reader(Checkpoint.open(path)))
+            buffers = prepared.structure.family.buffers
+            require_taken(model, path, result.added, tensor_reader(Checkpoint.open(path)), buffers)
         if result.export == "adapter":
             from llmsurgery.train.adapter import attach_adapter
 
