@@ -14,7 +14,8 @@ from llmsurgery.edits.evaluate import evaluate_rows
 from llmsurgery.edits.indices import FlagReader
 from llmsurgery.edits.kinds import LowRank
 from llmsurgery.edits.origin import Stored
-from llmsurgery.edits.patch import Patch, TensorPatch
+from llmsurgery.edits.patch import Patch
+from llmsurgery.edits.patch_entries import TensorPatch
 from llmsurgery.edits.write import Sink, Streamed, TensorChange, gone_tensor, moved_tensor, records_of, write_tensor
 from llmsurgery.errors import DamagedError, InputError
 
@@ -44,8 +45,8 @@ def check_base(patch: Patch, base: Checkpoint, tick: Callable[[], object] = lamb
                 raise _another_base(patch, base, f"tensor {tensor.source!r} is {found}")
             _check_tensor(patch, base, tensor.source, tensor.before)
         tick()
-    for name, digest in patch.gone.items():
-        _check_tensor(patch, base, name, digest)
+    for name, before in patch.gone.items():
+        _check_tensor(patch, base, name, before)
     if file_digest(base.root / "config.json") != patch.config_sha256:
         raise _another_base(patch, base, "config.json differs")
     present = side_files(base)

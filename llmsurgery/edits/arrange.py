@@ -11,7 +11,7 @@ import numpy as np
 
 from llmsurgery.checkpoint import FLOAT, Checkpoint
 from llmsurgery.checkpoint.layout import Layout
-from llmsurgery.edits.evaluate import require_fit
+from llmsurgery.edits.evaluate import require_shape
 from llmsurgery.edits.kinds import Add, Array, Drop, Rename, Slice, StoredEdit, TensorEdit
 from llmsurgery.edits.origin import Moves, Origin, compose
 from llmsurgery.errors import SurgeryError
@@ -81,7 +81,6 @@ def arrange(checkpoint: Checkpoint, edits: Sequence[StoredEdit]) -> Arrangement:
         SurgeryError: An edit names a tensor that is not there any more or a name that is not free, or does not fit the
             tensor: a method's bug.
         DamagedError: The source lacks a tensor.
-        DivergedError: An edit holds NaN or Inf.
     """
     tensors: dict[str, Result] = {}
     mentioned: dict[str, None] = {}
@@ -129,14 +128,14 @@ def _added(checkpoint: Checkpoint, edit: Add) -> Result:
     if dtype not in FLOAT:
         raise SurgeryError(f"tensor {edit.name} cannot be added in dtype {dtype}")
     origin = Origin(edit.name, dtype, edit.values.shape, None)
-    require_fit(edit, origin)
+    require_shape(edit, origin)
     return Result(origin, values=edit.values)
 
 
 def _stepped(result: Result, edit: Step) -> Result:
     origin = result.origin
     if not isinstance(edit, Slice):
-        require_fit(edit, origin)
+        require_shape(edit, origin)
         return replace(result, steps=(*result.steps, edit))
     keep, axis = np.asarray(edit.keep), edit.axis
     if not 0 <= axis < len(origin.shape):

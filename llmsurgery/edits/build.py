@@ -21,7 +21,7 @@ from llmsurgery.edits.evaluate import exact_rows, round_rows
 from llmsurgery.edits.indices import Flags, Sizes, encode_flags, encode_positions
 from llmsurgery.edits.kinds import Array, LowRank
 from llmsurgery.edits.origin import Moves, Origin, Stored
-from llmsurgery.edits.patch import FACTORS_KEY, KEY, Exact, FilePatch, TensorPatch, encode_metadata
+from llmsurgery.edits.patch_entries import FACTORS_KEY, KEY, Exact, FilePatch, TensorPatch, encode_metadata
 
 MARGIN = 1e-12
 """Distance to a rounding boundary, relative to the terms of the sum, within which an entry is listed."""
@@ -138,10 +138,9 @@ def _describe(
     encoding, index_bytes = survey.sizes.best()
     sparse_bytes = index_bytes + (0 if survey.zeros_only else survey.sizes.count * item)
     factor_bytes = sum(array.size * _width(array) for term in usable for array in (term.u, term.v))
-    before, shape = survey.before, origin.shape
-    if origin.source is None:
-        before = None
-    elif origin.keep:
+    shape = origin.shape
+    before: str | None = survey.before if origin.source is not None else None
+    if origin.source is not None and origin.keep:
         info = base.info(origin.source)
         before, shape = tensor_digest(info.path, info.start, info.end), info.shape
     keep = _keep_parts(origin, shape, parts)

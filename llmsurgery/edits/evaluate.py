@@ -47,35 +47,54 @@ class Described(Protocol):
         """Stored shape."""
 
 
-def require_fit(edit: TensorEdit, info: Described) -> None:
+def require_fit(edit: TensorEdit | Add, info: Described) -> None:
     """Check that an edit has the shape of its tensor and finite values.
 
     Raises:
         SurgeryError: The shapes disagree: a method built a wrong edit, which is a bug.
         DivergedError: A factor or value holds NaN or Inf.
     """
-    arrays: list[Array] = []
+    require_shape(edit, info)
+    require_finite_edit(edit)
+
+
+def require_shape(edit: TensorEdit | Add, info: Described) -> None:
+    """Check that an edit has the shape of its tensor.
+
+    Raises:
+        SurgeryError: The shapes disagree: a method built a wrong edit, which is a bug.
+    """
     if isinstance(edit, LowRank):
         if edit.u.ndim != 2 or edit.v.ndim != 2:
             raise SurgeryError(f"edit of {edit.name}: low-rank factors must be matrices")
         shape: tuple[int, ...] = (edit.u.shape[0], edit.v.shape[1])
         fits = shape == info.shape and edit.u.shape[1] == edit.v.shape[0]
-        arrays = [edit.u, edit.v]
     elif isinstance(edit, Sparse):
         shape = edit.indices.shape
         ascending = bool((np.diff(edit.indices) > 0).all()) if edit.indices.ndim == 1 else False
         inside = ascending and (not edit.indices.size or 0 <= edit.indices[0] <= edit.indices[-1] < prod(info.shape))
         fits = bool(inside) and edit.values.shape == shape
-        arrays = [edit.values]
     elif isinstance(edit, Mask):
         shape = edit.keep.shape
         fits = shape == info.shape and edit.keep.dtype == np.bool_
     else:
         shape = edit.values.shape
         fits = shape == info.shape
-        arrays = [edit.values]
     if not fits:
         raise SurgeryError(f"edit of {edit.name}: shape {shape} does not fit the stored shape {info.shape}")
+
+
+def require_finite_edit(edit: StoredEdit) -> None:
+    """Check that an edit has finite values.
+
+    Raises:
+        DivergedError: A factor or value holds NaN or Inf.
+    """
+    arrays: list[Array] = []
+    if isinstance(edit, LowRank):
+        arrays = [edit.u, edit.v]
+    elif isinstance(edit, Replace | Sparse | Add):
+        arrays = [edit.values]
     if not all(np.isfinite(array).all() for array in arrays):
         raise DivergedError(
             f"edit of {edit.name} holds NaN or Inf",

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmsurgery.checkpoint import FLOAT, Checkpoint, Publication, decode, require_finite, tensor_digest
 from llmsurgery.edits.arrange import Result, arrange
-from llmsurgery.edits.evaluate import edit_values, round_rows, round_values
+from llmsurgery.edits.evaluate import edit_values, require_finite_edit, round_rows, round_values
 from llmsurgery.edits.kinds import Slice, StoredEdit
 from llmsurgery.edits.origin import Moves, Origin, Stored, blank_blocks, blank_rows, kept_rows, take
 from llmsurgery.errors import NoEffectError
@@ -235,6 +235,8 @@ def write_edits(
         DamagedError: A tensor that is read holds NaN or Inf, or is missing.
         DivergedError: An edit holds NaN or Inf or overflows.
     """
+    for edit in edits:
+        require_finite_edit(edit)
     arrangement = arrange(checkpoint, edits)
     streamed = {
         name: _write(checkpoint, result, publication, observe) for name, result in arrangement.results.items()

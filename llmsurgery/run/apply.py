@@ -22,10 +22,10 @@ from llmsurgery.edits.revert import revert_layout, revert_tensors
 from llmsurgery.edits.undo import check_fit, read_undo
 from llmsurgery.edits.write import Sink, TensorChange
 from llmsurgery.errors import NoEffectError
-from llmsurgery.run.diff import roles_of
 from llmsurgery.run.forms import PATCH
 from llmsurgery.run.manifest import FORMAT, NAME, change_record, earlier_operations, encode_manifest
 from llmsurgery.run.record import CARD, Recorded, write_recorded
+from llmsurgery.run.roles import roles_of, roles_with
 
 WriteCard = Callable[[Mapping[str, object], str], str]
 
@@ -43,10 +43,11 @@ def apply_file(
         raise NoEffectError(f"the patch {patch!r} changes nothing", "it was made from two equal checkpoints", "")
     with progress.task("checking the base", len(opened.tensors)) as tick:
         check_base(opened, checkpoint, tick)
-    role_of = roles_of(checkpoint)
     moves = opened.moves()
+    layout = moves.layout(checkpoint)
+    role_of = roles_with(roles_of(checkpoint), checkpoint, opened.file_content("config.json"), layout)
     with Publication(
-        checkpoint, out, link=link, force=force, rewrite=rewritten(opened), layout=moves.layout(checkpoint)
+        checkpoint, out, link=link, force=force, rewrite=rewritten(opened), layout=layout
     ) as publication:  # fmt: skip
 
         def write(observe: Sink | None) -> list[TensorChange]:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmsurgery.arch.bundle import plain_config
-from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.compute.progress import Progress
@@ -19,10 +17,12 @@ from llmsurgery.compute.source import resolve_source
 from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import Difference, TensorDelta, compare
 from llmsurgery.edits.origin import Moves, Origin
-from llmsurgery.edits.patch import FACTORS_KEY, Patch, read_patch
-from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
+from llmsurgery.edits.patch import Patch, read_patch
+from llmsurgery.edits.patch_entries import FACTORS_KEY
+from llmsurgery.errors import DamagedError, InputError, UsageError
 from llmsurgery.run.manifest import NAME as MANIFEST
 from llmsurgery.run.record import FACTORS
+from llmsurgery.run.roles import roles_of
 
 
 def diff_checkpoints(
@@ -38,15 +38,6 @@ def diff_checkpoints(
     if out is not None:
         document["patch"] = _write(first, second, difference, Path(out), progress)
     return document
-
-
-def roles_of(checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Return a function from stored name to role; "other" for everything where the family is not known."""
-    try:
-        return detect(plain_config(checkpoint.config), checkpoint.tensors).role_of
-    except (UnsupportedError, DamagedError):
-        # Bytes can be compared and patched without knowing what they are for.
-        return lambda name: "other"
 
 
 def describe(before: str, after: str, difference: Difference, role_of: Callable[[str], str]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from llmsurgery.errors import UnsupportedError, UsageError, unknown_name
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import CARD, Recorded, keep_factors, low_rank_factors, write_recorded
+from llmsurgery.run.roles import roles_with
 from llmsurgery.train.config import TrainingConfig
 
 FORMS = ("full", "patch", "adapter")
@@ -176,8 +177,10 @@ def _write_all(
     _write_files(publication, changes)
     if not changes.edits and changes.files:
         return []
-    beside = bool(changes.files)
-    return write_edits(prepared.checkpoint, publication, changes.edits, prepared.structure.role_of, observe, beside)
+    source = prepared.checkpoint
+    config = next((file.content for file in changes.files if file.path == "config.json"), None)
+    role_of = roles_with(prepared.structure.role_of, source, config, publication.layout)
+    return write_edits(source, publication, changes.edits, role_of, observe, bool(changes.files))
 
 
 def _write_full(prepared: Prepared, publication: Publication, changes: Changes) -> Written:

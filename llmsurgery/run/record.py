@@ -12,7 +12,7 @@ from llmsurgery.edits.delta import side_digests
 from llmsurgery.edits.kinds import LowRank, Slice, StoredEdit
 from llmsurgery.edits.origin import Moves
 from llmsurgery.edits.undo import NAME as UNDO
-from llmsurgery.edits.undo import UndoWriter
+from llmsurgery.edits.undo_writer import UndoWriter
 from llmsurgery.edits.write import Sink, TensorChange
 
 FACTORS = ".llmsurgery/factors.safetensors"

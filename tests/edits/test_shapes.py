@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llmsurgery.checkpoint import Checkpoint, decode, encode
+from llmsurgery.checkpoint.container import Part, read_container, write_container
 from llmsurgery.edits.arrange import arrange
 from llmsurgery.edits.kinds import Add, Drop, LowRank, Mask, Rename, Replace, Slice, Sparse, StoredEdit
+from llmsurgery.edits.patch import read_patch
+from llmsurgery.edits.patch_entries import KEY
 from llmsurgery.edits.undo import read_undo
 from llmsurgery.edits.write import TensorChange, write_edits
 from llmsurgery.errors import DamagedError, DivergedError, InputError, NoEffectError, SurgeryError
@@ -294,7 +298,7 @@ def test_dropping_everything_and_nothing(tmp_path: Path) -> None:
         arrange(base, [Drop("nothing")])
     for bad in (np.inf, np.nan):
         with pytest.raises(DivergedError):
-            arrange(base, [Add("x", np.array([bad]))])
+            write_edits(base, None, [Add("x", np.array([bad]))], lambda name: "other")
     with pytest.raises(DivergedError, match="overflows"):
         write_edits(base, None, [Add("x", np.array([1e39]))], lambda name: "other")
 
@@ -355,6 +359,35 @@ def test_changed_results_are_not_reverted(tmp_path: Path) -> None:
                 revert(result, tmp_path / "x")
             info.path.write_bytes(kept)
         assert not (tmp_path / "x").exists()
+
+
+def test_inconsistent_patches_are_damaged(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    edits: list[StoredEdit] = [Slice(UP.format(0), 0, KEEP), Rename(NORM.format(0), "n"), Drop(NORM.format(1))]
+    patch = make_patch(tmp_path / "patch", base, write(base, tmp_path / "out", edits), edits)
+    document = json.loads(read_container(patch.path).metadata[KEY])
+    entry = document["tensors"][UP.format(0)]
+    part = entry["keep"]["0"]
+
+    def sealed(bits: bytes, **changes: object) -> Path:
+        text = json.dumps(document | {"tensors": {**document["tensors"], UP.format(0): {**entry, **changes}}})
+        with (tmp_path / "bad").open("wb") as stream:
+            write_container(stream, [Part(part, "U8", (len(bits),), partial(iter, [bits]))], {KEY: text})
+        return tmp_path / "bad"
+
+    right = np.packbits(np.isin(np.arange(12), KEEP)).tobytes()
+    assert read_patch(sealed(right)).moves()
+    for bits in (right + b"\0", right[:1], b"\xff\xff", b"\0\0", right[:1] + b"\x1f"):
+        with pytest.raises(DamagedError):
+            read_patch(sealed(bits)).moves()
+    changes: list[dict[str, object]] = [
+        {"keep": {"2": part}}, {"keep": {"0": "nothing"}}, {"keep": {}}, {"shape": [5, 6]}, {"base_shape": [12]},
+        {"source": None}, {"source": NORM.format(0)}, {"source": NORM.format(1)}, {"shape": [0, 7]},
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(DamagedError) as caught:
+            read_patch(sealed(right, **change))
+        assert caught.value.exit_code == 8
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def test_biases_that_the_config_announces(
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.allclose(model.model.layers[1].mlp.down_proj.bias, torch.arange(32) / 32)
     assert (logits(out) - logits(source)).abs().max() > 0.01
-    assert manifest["tensors"]["model.layers.0.mlp.up_proj.bias"]["dtype"] == "BF16"
+    row = manifest["tensors"]["model.layers.0.mlp.up_proj.bias"]
+    assert (row["dtype"], row["role"]) == ("BF16", "mlp.up.bias")
     old, new = ((root / "config.json").read_text() for root in (source, out))
     assert new == old.replace('"mlp_bias": false', '"mlp_bias": true')
     assert diff(source, out)["files"] == {"changed": ["config.json"], "added": [], "removed": []}
