@@ -23,6 +23,7 @@ from llmsurgery.errors import DamagedError, DivergedError, InputError, NoEffectE
 
 from ..checkpoint.builders import sharded, single, write_safetensors
 from .building import apply, checkpoint, make_patch, revert, write
+from .reference import expected
 
 RECORDS = ("README.md", ".llmsurgery")
 
@@ -107,47 +108,6 @@ CASES: dict[str, list[StoredEdit]] = {
     "drop block": without_block(0, 2),
     "in place beside": [low_rank(UP.format(0), 12, 7), Drop(NORM.format(0)), Replace(NORM.format(2), np.ones(7))],
 }  # fmt: skip
-
-
-def expected(base: Checkpoint, edits: list[StoredEdit]) -> dict[str, tuple[str, np.ndarray]]:
-    """A plain reference: all tensors in memory, one edit after the other, one rounding."""
-    tensors = {name: (info.dtype, base.read(name)) for name, info in base.tensors.items()}
-    values: dict[str, np.ndarray] = {}
-
-    def number(name: str) -> np.ndarray:
-        return values.pop(name) if name in values else decode(tensors[name][1], tensors[name][0]).astype(np.float64)
-
-    for edit in edits:
-        name = edit.name
-        if isinstance(edit, Drop):
-            values.pop(name, None)
-            del tensors[name]
-        elif isinstance(edit, Rename):
-            tensors[edit.new] = tensors.pop(name)
-            if name in values:
-                values[edit.new] = values.pop(name)
-        elif isinstance(edit, Add):
-            code = edit.dtype or base.info(UP.format(0)).dtype
-            tensors[name] = (code, encode(edit.values.astype(np.float64), code))
-            values[name] = edit.values.astype(np.float64)
-        elif isinstance(edit, Slice):
-            code, raw = tensors[name]
-            tensors[name] = (code, np.take(raw, edit.keep, edit.axis))
-            if name in values:
-                values[name] = np.take(values[name], edit.keep, edit.axis)
-        else:
-            old = number(name)
-            if isinstance(edit, LowRank):
-                new = old + edit.u @ edit.v
-            elif isinstance(edit, Mask):
-                new = np.where(edit.keep, old, 0)
-            elif isinstance(edit, Sparse):
-                new = old.copy()
-                new.reshape(-1)[edit.indices] = edit.values
-            else:
-                new = edit.values.astype(np.float64)
-            values[name] = new
-    return tensors | {name: (tensors[name][0], encode(value, tensors[name][0])) for name, value in values.items()}
 
 
 def stored(found: Checkpoint) -> dict[str, tuple[str, bytes, tuple[int, ...]]]:
