@@ -283,7 +283,9 @@ def require_taken(
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name in names:
         found = parameters.get(name)
-        if found is not None:
+        if found is not None and found.is_meta:
+            taken = True
+        elif found is not None:
             taken = torch.equal(torch.from_numpy(read(name)).to(found.dtype), found.detach().cpu())
         else:
             taken = not name.endswith(buffers) and not any(re.search(pattern, name) for pattern in ignored)

@@ -12,10 +12,13 @@ from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.checkpoint.target import Claim
 from llmsurgery.edits.arrange import arrange
 from llmsurgery.edits.build import write_patch
+from llmsurgery.edits.config import beside_files
 from llmsurgery.edits.delta import compare_files
-from llmsurgery.edits.kinds import File, LowRank, StoredEdit
+from llmsurgery.edits.evaluate import tensor_edits
+from llmsurgery.edits.kinds import Config, File, LowRank, StoredEdit
 from llmsurgery.edits.write import Sink, TensorChange, write_edits
 from llmsurgery.errors import UnsupportedError, UsageError, unknown_name
+from llmsurgery.methods.base import MethodResult
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import CARD, Recorded, keep_factors, low_rank_factors, write_recorded
@@ -46,6 +49,21 @@ class Changes:
     def empty(self) -> bool:
         """Whether there is nothing to write."""
         return not self.edits and not self.files
+
+
+def changes_of(checkpoint: Checkpoint, result: MethodResult) -> Changes:
+    """Return what is to be written of what a method returned.
+
+    Args:
+        checkpoint: The source.
+        result: The method's result.
+
+    Raises:
+        SurgeryError: The edits contradict each other: a method's bug.
+        InputError: A value is to be set in a file that cannot take it.
+    """
+    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File | Config)])
+    return Changes(edits, beside_files(checkpoint, result.edits), result.beside)
 
 
 @dataclass(frozen=True)

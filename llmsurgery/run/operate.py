@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.checkpoint.layout import Layout
-from llmsurgery.edits.config import beside_files
-from llmsurgery.edits.evaluate import tensor_edits
-from llmsurgery.edits.kinds import Config, File
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
-from llmsurgery.run.forms import BESIDE, Changes, Written
+from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.streamed import measure_streamed, operate_streamed
@@ -91,12 +88,10 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     targets = prepared.targets if result.targets is None else result.targets
-    files = beside_files(prepared.checkpoint, result.edits)
-    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File | Config)])
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
-    return Operated(before, Changes(edits, files, result.beside), record, targets)
+    return Operated(before, changes_of(prepared.checkpoint, result), record, targets)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -202,7 +197,7 @@ def measure_result(
     if path == result.path:
         _check_layout(Checkpoint.open(path), result.layout)
     if prepared.evaluation.figures == "edit":
-        return measure_streamed(prepared, path, before)
+        return measure_streamed(prepared, result, before)
     with memory_errors():
         model = _load(prepared, path, result.export == "bundle")
         if path == result.path and result.added:
