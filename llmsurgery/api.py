@@ -513,7 +513,6 @@ def diff(
         that differ; the patch's path and size.
 
     Raises:
-        UnsupportedError: A patch is asked for, but tensor names, dtypes or shapes differ.
         SurgeryError: See `llmsurgery.errors`.
     """
     from llmsurgery.compute.progress import Silent

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmsurgery.checkpoint.clone import can_reflink, clone_file
 from llmsurgery.checkpoint.index import Checkpoint
 from llmsurgery.checkpoint.inventory import Inventory
+from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.checkpoint.oserrors import reading, writing
+from llmsurgery.checkpoint.rebuild import rebuild_file
 from llmsurgery.checkpoint.target import check_space
 from llmsurgery.errors import DamagedError
 
@@ -40,15 +42,18 @@ def permission_bits(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode) & 0o777
 
 
-def carry_over(source: Checkpoint, inventory: Inventory, target: Path, link: bool, rewrite: Collection[str]) -> Carried:
-    """Clone the files of a source into an empty directory.
+def carry_over(
+    source: Checkpoint, inventory: Inventory, target: Path, link: bool, rewrite: Collection[str], layout: Layout
+) -> Carried:
+    """Clone the files of a source into an empty directory; weight files that hold other tensors are written anew.
 
     Args:
         source: The checkpoint.
         inventory: Its files.
         target: The directory, which is ours alone.
         link: Hard-link what is not rewritten, where blocks cannot be shared.
-        rewrite: Names of tensors that will be patched; their files become private.
+        rewrite: Names of the result's tensors that will be patched; their files become private.
+        layout: Where the tensors of the result lie.
 
     Raises:
         InputError: A file of the source is missing or may not be read.
@@ -56,13 +61,15 @@ def carry_over(source: Checkpoint, inventory: Inventory, target: Path, link: boo
         DamagedError: The source changed since its headers were read.
     """
     result = Carried()
-    private = {source.file_of(name) for name in rewrite}
+    private = {layout.file_of(name) for name in rewrite}
+    inventory = _without(inventory, {*layout.files, *layout.removed})
     with reading(source.root):
         result.folder_modes = {name: permission_bits(folder) for name, folder in inventory.folders.items()}
         result.folder_modes[""] = permission_bits(source.root)
         status = {relative: path.stat() for relative, path in inventory.files.items()}
-    patched = sum(source.info(name).nbytes for name in rewrite)
-    check_space(target, _bytes_to_copy(inventory, status, target, private if link else None, patched))
+    patched = sum(layout.tensors[name].nbytes for name in rewrite if layout.file_of(name) not in layout.files)
+    rebuilt = sum(new.nbytes for new in layout.files.values())
+    check_space(target, _bytes_to_copy(inventory, status, target, private if link else None, patched) + rebuilt)
     for relative in inventory.folders:
         with writing(target / relative):
             (target / relative).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,10 +83,19 @@ def carry_over(source: Checkpoint, inventory: Inventory, target: Path, link: boo
             result.modes[relative] = stat.S_IMODE(status[relative].st_mode) & 0o777
         if method == "copy":
             result.bytes_copied += status[relative].st_size
+    for relative, new in layout.files.items():
+        result.bytes_copied += rebuild_file(source, new, target / relative)
+        result.methods[relative] = "copy"
+        result.modes[relative] = new.mode if new.mode is not None else permission_bits(source.root / relative)
     if copied_despite_link:
         result.notices.append(f"hard links are not possible here: {copied_despite_link} files were copied instead")
     _check_sizes(source, inventory, target)
     return result
+
+
+def _without(inventory: Inventory, names: Collection[str]) -> Inventory:
+    files = {relative: path for relative, path in inventory.files.items() if relative not in names}
+    return replace(inventory, files=files)
 
 
 def _bytes_to_copy(

@@ -65,7 +65,7 @@ def _clone_private(origin: int, size: int, real: Path, target: Path, copying: bo
     """Make a file of its own that shares blocks with the source or holds a copy; None where neither was possible."""
     mode = stat.S_IMODE(os.fstat(origin).st_mode) & 0o777
     with writing(target):
-        copy = _create(target)
+        copy = create_private(target)
     method = None
     complete = False
     try:
@@ -99,7 +99,7 @@ def can_reflink(source: Path, directory: Path) -> bool:
     probe = directory / ".reflink-probe"
     with opened(real_path(source)) as (origin, _):
         with writing(probe):
-            copy = _create(probe)
+            copy = create_private(probe)
         try:
             return _reflink(origin, copy, probe)
         finally:
@@ -107,7 +107,15 @@ def can_reflink(source: Path, directory: Path) -> bool:
             probe.unlink(missing_ok=True)
 
 
-def _create(target: Path) -> int:
+def create_private(target: Path) -> int:
+    """Create a file that must not exist and open it for writing.
+
+    Args:
+        target: Its path.
+
+    Raises:
+        OSError: It exists or cannot be written.
+    """
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     # Readable by nobody else until the source's mode is set.
     return os.open(target, flags, 0o600)
@@ -164,7 +172,7 @@ def _copy_in_kernel(origin: int, copy: int, size: int, target: Path) -> int:
             if count == 0:
                 # Some network and virtual file systems answer 0 instead of an error.
                 break
-            _start_writing(copy, done, count)
+            start_writing(copy, done, count)
             done += count
     return done
 
@@ -178,13 +186,19 @@ def _copy_through_buffer(origin: int, copy: int, start: int, size: int, real: Pa
         if count == 0:
             break
         write_at(copy, buffer[:count], done, target)
-        _start_writing(copy, done, count)
+        start_writing(copy, done, count)
         done += count
     return done
 
 
-def _start_writing(copy: int, start: int, count: int) -> None:
-    """Let the disk begin with what was just copied, so that the sync at the end finds little left to wait for."""
+def start_writing(copy: int, start: int, count: int) -> None:
+    """Let the disk begin with what was just copied, so that the sync at the end finds little left to wait for.
+
+    Args:
+        copy: An open file.
+        start: First byte.
+        count: How many bytes.
+    """
     # Linux starts to write such pages without waiting for them, and what is being written stays cached.
     _advise(copy, start, count, "DONTNEED")
 

@@ -6,8 +6,11 @@ name -> dtype, shape, data_offsets), then the data, which the tensors cover with
 
 from __future__ import annotations
 
+import json
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,11 +116,50 @@ def read_header(path: Path | str) -> Header:
             _fail(path, f"its header claims {length} bytes, but only {file_size - _LENGTH_BYTES} follow")
         content = bytearray(length)
         read_into(descriptor, memoryview(content), _LENGTH_BYTES, path)
+    return _parse(path, bytes(content), file_size)
+
+
+def parse_header(path: Path, prefix: bytes, file_size: int) -> Header:
+    """Check the header of a file that is to be written.
+
+    Args:
+        path: The file.
+        prefix: Everything before its data, as `encode_header` returns it.
+        file_size: Bytes of the whole file.
+
+    Raises:
+        DamagedError: The header or any entry of it is wrong.
+    """
+    if len(prefix) < _LENGTH_BYTES or struct.unpack("<Q", prefix[:_LENGTH_BYTES])[0] != len(prefix) - _LENGTH_BYTES:
+        _fail(path, "its header has another length than it says")
+    return _parse(path, prefix[_LENGTH_BYTES:], file_size)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return everything of a file that stands before its data.
+
+    Args:
+        tensors: Name, dtype code and shape of each tensor, in the order of the data.
+        metadata: Free text entries; none are written where there are none.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, code, shape in tensors:
+        end = position + prod(shape) * entry_bits(code) // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The data begin at a multiple of eight, which is what every dtype needs.
+    content += b" " * (-len(content) % _LENGTH_BYTES)
+    return struct.pack("<Q", len(content)) + content
+
+
+def _parse(path: Path, content: bytes, file_size: int) -> Header:
     if content[:1] != b"{":
         _fail(path, "its header does not begin with a JSON object")
-    entries = parse_object(bytes(content), path, "header")
+    entries = parse_object(content, path, "header")
     metadata = _check_metadata(path, entries.pop("__metadata__", None))
-    data_start = _LENGTH_BYTES + length
+    data_start = _LENGTH_BYTES + len(content)
     tensors = [_check_entry(path, name, entry, data_start, file_size) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.start, info.end))
     _check_coverage(path, tensors, data_start, file_size)

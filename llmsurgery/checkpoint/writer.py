@@ -23,6 +23,7 @@ from llmsurgery.checkpoint.dtypes import storage_dtype
 from llmsurgery.checkpoint.header import TensorInfo
 from llmsurgery.checkpoint.index import Checkpoint
 from llmsurgery.checkpoint.inventory import STATE, Inventory
+from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.paths import inside_name
 from llmsurgery.checkpoint.target import (
@@ -47,7 +48,8 @@ class Publication:
         out: The directory to create.
         link: Hard-link files that are not rewritten, where blocks cannot be shared.
         force: Replace an existing output and the remains of an interrupted run.
-        rewrite: Names of the tensors that will be patched.
+        rewrite: Names of the result's tensors that will be patched.
+        layout: Where the tensors of the result lie; where the source's lie by default.
         carry: Start from a copy of the source; without it the output holds only what is written into it.
         claim: The directory under construction, if the run holds it already; what is in it but its state is replaced,
             and it stays the run's when the block ends without `publish()`.
@@ -69,6 +71,7 @@ class Publication:
         link: bool = False,
         force: bool = False,
         rewrite: Collection[str] = (),
+        layout: Layout | None = None,
         carry: bool = True,
         claim: Claim | None = None,
     ) -> None:
@@ -79,9 +82,11 @@ class Publication:
         self.link = link
         self.force = force
         self.carry = carry
+        self.layout = layout or Layout.of(source)
         self.rewrite = frozenset(rewrite)
-        for name in self.rewrite:
+        for name in self.rewrite - self.layout.tensors.keys():
             source.info(name)  # an unknown name is refused before anything is built
+            raise ValueError(f"tensor {name!r} is to be patched and has no place in the result")
         self.skipped: list[str] = []
         self.notices: list[str] = []
         self.methods: dict[str, str] = {}
@@ -101,12 +106,14 @@ class Publication:
         complete = False
         try:
             if not self.carry:
-                inventory = Inventory({}, {}, [], [])
-            self._carried = carry_over(self.source, inventory, self.path, self.link, self.rewrite)
+                inventory, self.layout = Inventory({}, {}, [], []), Layout.of(self.source)
+            self._carried = carry_over(self.source, inventory, self.path, self.link, self.rewrite, self.layout)
             self.methods = self._carried.methods
             self.bytes_written = self._carried.bytes_copied
             self.skipped = inventory.skipped
             self.notices += inventory.notices + self._carried.notices
+            if self.layout.index is not None and self.source.index_file is not None:
+                self.write_file(self.source.index_file, self.layout.index)
             complete = True
         finally:
             # __exit__ is not called when __enter__ fails.
@@ -135,7 +142,7 @@ class Publication:
             DamagedError: The source holds no such tensor.
             ResourceError: The disk is full, or the copy has a second name.
         """
-        info = self.source.info(name)
+        info = self.layout.tensors.get(name) or self.source.info(name)
         if name not in self.rewrite:
             raise ValueError(f"tensor {name!r} was not declared in rewrite")
         if raw.dtype != storage_dtype(info.dtype):
@@ -146,13 +153,13 @@ class Publication:
             raise ValueError(f"rows {start_row}+{raw.shape} do not fit tensor {name!r} of shape {info.shape}")
         descriptor = self._writable(info)
         content = np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
-        path = self.path / self.source.file_of(name)
+        path = self.path / self.layout.file_of(name)
         write_at(descriptor, content, info.start + start_row * info.row_nbytes, path)
         self.bytes_written += len(content)
 
     def _writable(self, info: TensorInfo) -> int:
         self._require_open()
-        relative = self.source.file_of(info.name)
+        relative = self.layout.file_of(info.name)
         if relative in self._replaced:
             raise ValueError(f"{relative!r} was replaced as a whole; its byte ranges are unknown")
         descriptor = self._open_files.get(relative)

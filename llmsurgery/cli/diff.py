@@ -55,7 +55,8 @@ def diff(
         output.show(f"patch: {patch['path']}, {patch['bytes']:,} bytes for {patch['tensors']} tensors")
         output.essential(patch["path"])
     else:
-        output.essential("identical" if document["identical"] else f"{len(tensors)} tensors changed")
+        moved = sum(len(document[title]) for title in ("only_before", "only_after", "reshaped"))
+        output.essential("identical" if document["identical"] else f"{len(tensors) + moved} tensors changed")
 
 
 def _norm(value: float | None) -> str:

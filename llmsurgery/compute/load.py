@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -247,10 +250,51 @@ def _checked(path: Path, buffers: tuple[str, ...], make: Callable[[], tuple[Any,
         if names := sorted(name for name in found if not name.endswith(buffers)):
             raise DamagedError(
                 f"{len(names)} tensors of {path} are {problem.removesuffix('_keys')}, first {names[0]}",
-                "stock transformers would ignore them or fill them with random numbers",
+                "stock transformers would ignore them or fill them with random numbers, since config.json does not "
+                "announce what is stored",
                 "check that config.json and the weights belong together",
             )
     return cast(PreTrainedModel, model)
+
+
+def require_taken(
+    model: PreTrainedModel,
+    path: Path,
+    names: Sequence[str],
+    read: Callable[[str], npt.NDArray[np.floating]],
+    buffers: tuple[str, ...] = (),
+) -> None:
+    """Refuse a loaded model that did not take stored tensors which its source does not have.
+
+    A loader may pass over a tensor in silence, because its class ignores the name, or because something else is tied
+    to its place. What `load_model` refuses is not looked for again.
+
+    Args:
+        model: The model.
+        path: The checkpoint that it was loaded from.
+        names: Stored names.
+        read: Reads a stored tensor.
+        buffers: As for `load_model`.
+
+    Raises:
+        DamagedError: Names the first tensor that has no effect.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name in names:
+        found = parameters.get(name)
+        if found is not None and found.is_meta:
+            taken = True
+        elif found is not None:
+            taken = torch.equal(torch.from_numpy(read(name)).to(found.dtype), found.detach().cpu())
+        else:
+            taken = not name.endswith(buffers) and not any(re.search(pattern, name) for pattern in ignored)
+        if not taken:
+            raise DamagedError(
+                f"stock transformers does not take the tensor {name} of {path}",
+                "config.json does not announce it, so that it would be dropped in silence",
+                "this is a defect of the method: report it, with the name of the model",
+            )
 
 
 def require_finite_model(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from llmsurgery.edits.delta import side_files
 from llmsurgery.edits.evaluate import evaluate_rows
 from llmsurgery.edits.indices import FlagReader
 from llmsurgery.edits.kinds import LowRank
-from llmsurgery.edits.patch import Patch, TensorPatch
-from llmsurgery.edits.write import Sink, Stored, TensorChange, change_tensor, patching
+from llmsurgery.edits.origin import Stored
+from llmsurgery.edits.patch import Patch
+from llmsurgery.edits.patch_entries import TensorPatch
+from llmsurgery.edits.write import Sink, Streamed, TensorChange, gone_tensor, moved_tensor, records_of, write_tensor
 from llmsurgery.errors import DamagedError, InputError
 
 _OTHER_BASE = "a patch is byte-exact and fits only the checkpoint it was made for"
@@ -31,16 +34,19 @@ def check_base(patch: Patch, base: Checkpoint, tick: Callable[[], object] = lamb
     Raises:
         InputError: Names the first tensor, or else the file, that differs.
     """
+    left = {*patch.gone, *(tensor.source for tensor in patch.tensors.values())}
     for tensor in patch.tensors.values():
-        info = base.tensors.get(tensor.name)
-        if info is None:
-            raise _another_base(patch, base, f"tensor {tensor.name!r} is not in it")
-        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
-            found = f"{info.dtype} {list(info.shape)}, the patch expects {tensor.dtype} {list(tensor.shape)}"
-            raise _another_base(patch, base, f"tensor {tensor.name!r} is {found}")
-        if tensor_digest(info.path, info.start, info.end) != tensor.before:
-            raise _another_base(patch, base, f"tensor {tensor.name!r} differs")
+        if tensor.name in base.tensors and tensor.name not in left:
+            raise _another_base(patch, base, f"tensor {tensor.name!r} is in it")
+        if tensor.source is not None:
+            info = base.tensors.get(tensor.source)
+            if info is not None and (info.dtype, info.shape) != (tensor.dtype, tensor.base_shape):
+                found = f"{info.dtype} {list(info.shape)}, the patch expects {tensor.dtype} {list(tensor.base_shape)}"
+                raise _another_base(patch, base, f"tensor {tensor.source!r} is {found}")
+            _check_tensor(patch, base, tensor.source, tensor.before)
         tick()
+    for name, before in patch.gone.items():
+        _check_tensor(patch, base, name, before)
     if file_digest(base.root / "config.json") != patch.config_sha256:
         raise _another_base(patch, base, "config.json differs")
     present = side_files(base)
@@ -51,6 +57,14 @@ def check_base(patch: Patch, base: Checkpoint, tick: Callable[[], object] = lamb
         digest = file_digest(present[file.path]) if file.path in present else None
         if digest != file.before:
             raise _another_base(patch, base, f"{file.path} differs")
+
+
+def _check_tensor(patch: Patch, base: Checkpoint, name: str, digest: str | None) -> None:
+    info = base.tensors.get(name)
+    if info is None:
+        raise _another_base(patch, base, f"tensor {name!r} is not in it")
+    if tensor_digest(info.path, info.start, info.end) != digest:
+        raise _another_base(patch, base, f"tensor {name!r} differs")
 
 
 def _another_base(patch: Patch, base: Checkpoint, what: str) -> InputError:
@@ -70,7 +84,7 @@ def apply_patch(
     Args:
         patch: The patch, whose base has been checked.
         base: The source of the publication.
-        publication: The open publication, whose `rewrite` named the patch's tensors.
+        publication: The open publication, whose `rewrite` and `layout` are those of `rewritten` and of the moves.
         role_of: Maps a stored name to its role for the report.
         observe: Receives every changed block, for undo data.
         tick: Called once per tensor.
@@ -78,20 +92,20 @@ def apply_patch(
     Raises:
         DamagedError: The result is not the one that the patch was made from.
     """
-    sinks = [patching(publication), *([observe] if observe is not None else [])]
-    changes = []
+    moves = patch.moves()
+    streamed = {}
     for tensor in patch.tensors.values():
-        rows = _PatchedRows(patch, tensor, base)
-        change = change_tensor(base, tensor.name, role_of(tensor.name), rows.compute, sinks)
-        rows.finish()
-        if change.sha256_after != tensor.after:
+        seen = streamed[tensor.name] = _write(patch, tensor, base, publication, observe)
+        if seen.after != tensor.after:
             raise DamagedError(
                 f"tensor {tensor.name!r} came out different from what {str(patch.path)!r} promises",
                 "its SHA-256 differs although base and patch are the right ones",
                 "report it with the processor and the numpy version: low-rank sums must agree on every machine",
             )
-        changes.append(change)
         tick()
+    gone = {name: gone_tensor(base, name, observe) for name in patch.gone}
+    names = {tensor.source or tensor.name: None for tensor in patch.tensors.values()} | dict.fromkeys(patch.gone)
+    changes = records_of(base, names | dict.fromkeys(patch.tensors), moves, streamed, gone, role_of)
     for file in patch.files:
         if file.content is None:
             publication.remove_file(file.path)
@@ -105,11 +119,27 @@ def apply_patch(
     return changes
 
 
+def rewritten(patch: Patch) -> set[str]:
+    """Return the names of the result's tensors that get new bytes."""
+    return {tensor.name for tensor in patch.tensors.values() if tensor.rewritten}
+
+
+def _write(
+    patch: Patch, tensor: TensorPatch, base: Checkpoint, publication: Publication, observe: Sink | None
+) -> Streamed:  # fmt: skip
+    if tensor.source is not None and not tensor.rewritten:
+        return moved_tensor(base, tensor.source)
+    rows = _PatchedRows(patch, tensor)
+    seen = write_tensor(base, rows.origin, rows.compute, publication, observe)
+    rows.finish()
+    return seen
+
+
 class _PatchedRows:
     """Computes the new rows of one tensor, block by block from the first to the last."""
 
-    def __init__(self, patch: Patch, tensor: TensorPatch, base: Checkpoint) -> None:
-        self.info = base.info(tensor.name)
+    def __init__(self, patch: Patch, tensor: TensorPatch) -> None:
+        self.origin = patch.origin(tensor)
         self.terms: Sequence[LowRank] = patch.low_rank(tensor)
         self.dense: PartReader | None = None
         self.values: PartReader | None = None
@@ -120,14 +150,16 @@ class _PatchedRows:
                 self.dense = values
             else:
                 self.values = values
-                self.flags = FlagReader(tensor.exact.encoding, patch.reader(tensor.exact.at), self.info.size)
+                self.flags = FlagReader(tensor.exact.encoding, patch.reader(tensor.exact.at), prod(tensor.shape))
 
     def compute(self, raw: Stored, start: int, stop: int) -> Stored:
-        """Return rows `start:stop`; must be called in order."""
-        kind = storage_dtype(self.info.dtype)
+        """Return the new rows that come from rows `start:stop` of the base; must be called in order."""
+        kind = storage_dtype(self.origin.dtype)
+        raw = self.origin.take(raw, start)
+        start, stop = self.origin.rows(start, stop)
         if self.dense is not None:
             return np.frombuffer(self._take(self.dense, raw.nbytes), dtype=kind).reshape(raw.shape)
-        result = evaluate_rows(self.terms, raw, self.info, start, stop) if self.terms else raw.copy()
+        result = evaluate_rows(self.terms, raw, self.origin, start, stop) if self.terms else raw.copy()
         if self.flags is not None:
             flags = self.flags.take(raw.size).reshape(raw.shape)
             count = int(np.count_nonzero(flags))
@@ -156,7 +188,7 @@ class _PatchedRows:
 
     def _damaged(self) -> DamagedError:
         return DamagedError(
-            f"the patch holds another number of values for {self.info.name!r} than positions",
+            f"the patch holds another number of values for {self.origin.name!r} than positions",
             "the patch was not made by this program, or is damaged",
             "make the patch again",
         )

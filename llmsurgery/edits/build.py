@@ -6,20 +6,22 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from llmsurgery.checkpoint import ITEMSIZE, Checkpoint, encode, file_digest
+from llmsurgery.checkpoint import ITEMSIZE, Checkpoint, encode, file_digest, tensor_digest
 from llmsurgery.checkpoint.carry import permission_bits
 from llmsurgery.checkpoint.container import Part, write_container
 from llmsurgery.checkpoint.reader import opened, read_into
-from llmsurgery.edits.delta import FileDelta, Stored, as_bits, pair_blocks
+from llmsurgery.edits.delta import FileDelta, as_bits, pair_blocks
 from llmsurgery.edits.evaluate import exact_rows, round_rows
 from llmsurgery.edits.indices import Flags, Sizes, encode_flags, encode_positions
 from llmsurgery.edits.kinds import Array, LowRank
-from llmsurgery.edits.patch import FACTORS_KEY, KEY, Exact, FilePatch, TensorPatch, encode_metadata
+from llmsurgery.edits.origin import Moves, Origin, Stored
+from llmsurgery.edits.patch_entries import FACTORS_KEY, KEY, Exact, FilePatch, TensorPatch, encode_metadata
 
 MARGIN = 1e-12
 """Distance to a rounding boundary, relative to the terms of the sum, within which an entry is listed."""
@@ -49,6 +51,7 @@ def write_patch(
     factors: Mapping[str, Sequence[LowRank]],
     files: Sequence[FileDelta],
     provenance: Mapping[str, object],
+    moves: Moves | None = None,
 ) -> str:
     """Write a patch that turns a base into a result.
 
@@ -56,70 +59,116 @@ def write_patch(
         stream: An empty seekable file.
         base: The base.
         result: The result; tensors not named are taken to be equal.
-        names: Tensors that differ.
+        names: Tensors that differ; those that only the base holds are passed over.
         factors: Low-rank terms of tensors that are nothing but base plus these terms, rounded once. They are checked:
             where they do not give the result, or take more room, another form is written.
         files: Side files that differ.
         provenance: What made the result.
+        moves: How the names and shapes of the result follow from those of the base, where they differ.
 
     Returns:
         The patch's digest.
     """
     parts: list[Part] = []
     tensors: dict[str, TensorPatch] = {}
-    for name in names:
-        tensors[name] = _describe(base, result, name, factors.get(name, ()), parts)
+    moves = moves or Moves()
+    for name in dict.fromkeys([*names, *moves.origins]):
+        if name in result.tensors:
+            tensors[name] = _describe(base, result, moves.origin(base, name), factors.get(name, ()), parts)
+    gone = {name: tensor_digest(i.path, i.start, i.end) for name in moves.gone for i in [base.info(name)]}
     entries = [_file_patch(result, change, parts) for change in files]
-    metadata = encode_metadata(file_digest(base.root / "config.json"), tensors, entries, provenance, KEY)
+    metadata = encode_metadata(file_digest(base.root / "config.json"), tensors, entries, provenance, KEY, gone)
     return write_container(stream, parts, metadata)
 
 
-def write_factors(stream: BinaryIO, factors: Mapping[str, Sequence[LowRank]], digests: Mapping[str, str]) -> None:
-    """Write low-rank factors alone, so that a later `diff` can make a small patch.
+def write_factors(
+    stream: BinaryIO,
+    factors: Mapping[str, Sequence[LowRank]],
+    digests: Mapping[str, str],
+    origins: Mapping[str, tuple[Origin, tuple[int, ...]]] | None = None,
+) -> None:
+    """Write low-rank factors and origins alone, so that a later `diff` can make a small patch.
 
     Args:
         stream: An empty seekable file.
         factors: Low-rank terms by stored name.
         digests: SHA-256 of each tensor in the result.
+        origins: Where tensors come from that have another name or shape than in the source, and their shape there.
     """
     parts: list[Part] = []
     tensors = {}
+    for name, (origin, shape) in (origins or {}).items():
+        pairs = _factor_parts(name, factors.get(name, ()), parts)
+        tensors[name] = TensorPatch(
+            name, origin.dtype, origin.shape, "", digests[name], pairs, None, origin.source, shape,
+            _keep_parts(origin, shape, parts),
+        )  # fmt: skip
     for name, terms in factors.items():
-        pairs = _factor_parts(name, terms, parts)
-        shape = (terms[0].u.shape[0], terms[0].v.shape[1])
-        tensors[name] = TensorPatch(name, "F32", shape, "", digests[name], pairs)
+        if name not in tensors:
+            pairs = _factor_parts(name, terms, parts)
+            shape = (terms[0].u.shape[0], terms[0].v.shape[1])
+            tensors[name] = TensorPatch(name, "F32", shape, "", digests[name], pairs)
     write_container(stream, parts, encode_metadata("", tensors, [], {}, FACTORS_KEY))
 
 
+def _keep_parts(origin: Origin, shape: tuple[int, ...], parts: list[Part]) -> tuple[tuple[int, str], ...]:
+    """Write which indices are kept, one bit for each, and the same bits only once."""
+    result = []
+    for axis, indices in sorted(origin.keep.items()):
+        flags = np.zeros(shape[axis], dtype=np.bool_)
+        flags[indices] = True
+        content = np.packbits(flags).tobytes()
+        # Three matrices of an MLP lose the same neurons.
+        label = f"keep#{hashlib.sha256(content).hexdigest()}"
+        if all(part.name != label for part in parts):
+            parts.append(Part(label, "U8", (len(content),), partial(iter, [content])))
+        result.append((axis, label))
+    return tuple(result)
+
+
 def _describe(
-    base: Checkpoint, result: Checkpoint, name: str, terms: Sequence[LowRank], parts: list[Part]
+    base: Checkpoint, result: Checkpoint, origin: Origin, terms: Sequence[LowRank], parts: list[Part]
 ) -> TensorPatch:
-    info = base.info(name)
+    name, size = origin.name, prod(origin.shape)
+    nbytes = size * ITEMSIZE[origin.dtype]
     # In float64 every entry is its own rounding boundary.
-    usable = [t for t in terms if (t.u.shape[0], t.v.shape[1]) == info.shape] if info.dtype != "F64" else []
-    survey = _survey(base, result, name, usable if len(usable) == len(terms) else [])
-    item = ITEMSIZE[info.dtype]
+    usable = [t for t in terms if (t.u.shape[0], t.v.shape[1]) == origin.shape] if origin.dtype != "F64" else []
+    survey = _survey(base, result, origin, usable if len(usable) == len(terms) else [])
+    item = ITEMSIZE[origin.dtype]
     encoding, index_bytes = survey.sizes.best()
     sparse_bytes = index_bytes + (0 if survey.zeros_only else survey.sizes.count * item)
     factor_bytes = sum(array.size * _width(array) for term in usable for array in (term.u, term.v))
-    done = partial(TensorPatch, name, info.dtype, info.shape, survey.before, survey.after)
+    shape = origin.shape
+    before: str | None = survey.before if origin.source is not None else None
+    if origin.source is not None and origin.keep:
+        info = base.info(origin.source)
+        before, shape = tensor_digest(info.path, info.start, info.end), info.shape
+    keep = _keep_parts(origin, shape, parts)
+
+    def done(pairs: tuple[tuple[str, str], ...], exact: Exact | None) -> TensorPatch:
+        return TensorPatch(
+            name, origin.dtype, origin.shape, before, survey.after, pairs, exact, origin.source, shape, keep
+        )  # fmt: skip
+
+    if not survey.sizes.count and not origin.in_place:
+        return done((), None)
     if survey.exceptions is not None:
         positions = np.concatenate([np.empty(0, dtype=np.int64), *survey.exceptions])
         # At most nine bytes for a position.
-        if factor_bytes + positions.size * (item + 9) < min(info.nbytes, sparse_bytes):
+        if factor_bytes + positions.size * (item + 9) < min(nbytes, sparse_bytes):
             pairs = _factor_parts(name, usable, parts)
-            exact = _exception_parts(name, info.dtype, info.size, positions, survey, parts)
+            exact = _exception_parts(name, origin.dtype, size, positions, survey, parts)
             return done(pairs, exact)
-    pairs_of = partial(pair_blocks, base, result, name)
-    if info.nbytes <= sparse_bytes:
+    pairs_of = partial(pair_blocks, base, result, origin)
+    if nbytes <= sparse_bytes:
         values = f"{name}#values"
-        parts.append(Part(values, info.dtype, info.shape, lambda: (new.tobytes() for _, _, _, new in pairs_of())))
+        parts.append(Part(values, origin.dtype, origin.shape, lambda: (new.tobytes() for _, _, _, new in pairs_of())))
         return done((), Exact("dense", None, values))
     at, values = f"{name}#at", f"{name}#values"
     parts.append(Part(at, "U8", (index_bytes,), lambda: encode_flags(encoding, _flags(pairs_of))))
     if survey.zeros_only:
         return done((), Exact(encoding, at, None))
-    parts.append(Part(values, info.dtype, (survey.sizes.count,), lambda: _changed_values(pairs_of)))
+    parts.append(Part(values, origin.dtype, (survey.sizes.count,), lambda: _changed_values(pairs_of)))
     return done((), Exact(encoding, at, values))
 
 
@@ -136,19 +185,18 @@ def _changed_values(pairs: _Pairs) -> Iterator[bytes]:
         yield new[as_bits(old) != as_bits(new)].tobytes()
 
 
-def _survey(base: Checkpoint, result: Checkpoint, name: str, terms: Sequence[LowRank]) -> _Survey:
+def _survey(base: Checkpoint, result: Checkpoint, origin: Origin, terms: Sequence[LowRank]) -> _Survey:
     survey = _Survey(exceptions=[] if terms else None)
     before, after = hashlib.sha256(), hashlib.sha256()
-    info = base.info(name)
-    width = info.size // info.rows if info.rows else 0
-    for start, stop, old, new in pair_blocks(base, result, name):
+    width = prod(origin.shape[1:])
+    for start, stop, old, new in pair_blocks(base, result, origin):
         before.update(old.reshape(-1).view(np.uint8).data)
         after.update(new.reshape(-1).view(np.uint8).data)
         differing = as_bits(old) != as_bits(new)
         survey.sizes.add(differing)
         survey.zeros_only = survey.zeros_only and not as_bits(new)[differing].any()
         if survey.exceptions is not None:
-            wrong = _wrong_or_close(terms, old, new, info.dtype, (start, stop), base, name)
+            wrong = _wrong_or_close(terms, old, new, origin, (start, stop))
             positions = np.flatnonzero(wrong)
             survey.exceptions.append(positions + start * width)
             survey.exception_values.append(new.reshape(-1)[positions])
@@ -162,14 +210,11 @@ def _wrong_or_close(
     terms: Sequence[LowRank],
     old: Stored,
     new: Stored,
-    dtype: str,
+    info: Origin,
     rows: tuple[int, int],
-    base: Checkpoint,
-    name: str,
 ) -> Flags:
     """Flag entries that the factors do not give, or might not give in another order of summation."""
     start, stop = rows
-    info = base.info(name)
     plain = exact_rows((), old, info, start, stop)
     exact = exact_rows(terms, old, info, start, stop)
     # |w| + sum |u||v| bounds the error of any order; the product of norms bounds the sum.
@@ -179,7 +224,7 @@ def _wrong_or_close(
         right = np.sqrt(np.square(term.v.astype(np.float64)).sum(axis=0))
         bound += left[:, None] * right[None, :]
     bound *= MARGIN
-    below, above = as_bits(encode(exact - bound, dtype)), as_bits(encode(exact + bound, dtype))
+    below, above = (as_bits(encode(exact + shift, info.dtype)) for shift in (-bound, bound))
     return np.asarray((below != above) | (as_bits(round_rows(exact, old, info)) != as_bits(new)))
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from llmsurgery.checkpoint import FLOAT, Checkpoint, decode, file_digest
 from llmsurgery.checkpoint.inventory import Inventory
+from llmsurgery.edits.origin import Origin, Stored
 
 CARDS = frozenset({"README.md"})
 """Side files that describe a checkpoint and are no part of what it computes."""
-
-Stored = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,10 @@ def as_bits(raw: Stored) -> Stored:
     return raw.view(f"<u{raw.dtype.itemsize}")
 
 
-def pair_blocks(before: Checkpoint, after: Checkpoint, name: str) -> Iterator[tuple[int, int, Stored, Stored]]:
-    """Yield (first row, one past the last, old rows, new rows) of a tensor that both hold alike."""
-    for start, stop in before.row_blocks(name):
-        yield start, stop, before.read(name, start, stop), after.read(name, start, stop)
+def pair_blocks(before: Checkpoint, after: Checkpoint, origin: Origin) -> Iterator[tuple[int, int, Stored, Stored]]:
+    """Yield (first row, one past the last, old rows, new rows) of a tensor of the second and what it comes from."""
+    for start, stop, old in origin.base_blocks(before):
+        yield start, stop, old, after.read(origin.name, start, stop)
 
 
 def compare(before: Checkpoint, after: Checkpoint, tick: Callable[[], object] = lambda: None) -> Difference:
@@ -133,7 +130,7 @@ def compare_tensor(before: Checkpoint, after: Checkpoint, name: str) -> TensorDe
     count, change_squared, before_squared = 0, 0.0, 0.0
     # Hard-linked shards are one file.
     if not (info.path.samefile(other.path) and info.start == other.start):
-        for _, _, old, new in pair_blocks(before, after, name):
+        for _, _, old, new in pair_blocks(before, after, Origin.of(before, name)):
             differing = int(np.count_nonzero(as_bits(old) != as_bits(new)))
             if info.dtype in FLOAT:
                 first = decode(old, info.dtype).astype(np.float64)

@@ -5,13 +5,17 @@ entries in the stored dtype: all of them (dense), or some positions with their v
 With factors, the exact entries are those whose float64 value lies so close to a rounding boundary that another order
 of summation could round it the other way. The metadata are one JSON object:
 
-    format      1
+    format      1, or 2 if names or shapes change
     base        {config_sha256}
     tensors     name -> {dtype, shape, before, after, factors: [[u, v], ...], exact: {encoding, at, values} or null}
+                and where they are not those of the base: source, the name in it, null for a tensor that starts from
+                zeros; base_shape and keep, axis -> bits of the indices that are kept
+    gone        name -> digest of tensors of the base that nothing in the result comes from
     files       [{path, before, after, content, mode}]; before or after null: the file is not there
     provenance  the operations of the run that made the result, if there was one
 
-`before` and `after` are SHA-256 digests; u, v, at, values and content name parts of the container.
+`before` and `after` are SHA-256 digests; u, v, at, values, keep and content name parts of the container. Where the
+tensors of the result lie is not told: it follows from the base and the names (`llmsurgery.checkpoint.layout`).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,69 +36,11 @@ from llmsurgery.checkpoint.paths import inside_name
 from llmsurgery.checkpoint.refuse import PICKLE_SUFFIXES
 from llmsurgery.edits.indices import ENCODINGS
 from llmsurgery.edits.kinds import LowRank
+from llmsurgery.edits.origin import Moves, Origin
+from llmsurgery.edits.patch_entries import FORMAT, KEY, MOVED_FORMAT, Exact, FilePatch, TensorPatch
 from llmsurgery.errors import DamagedError, InputError
 
-FORMAT = 1
-KEY = "llmsurgery-patch"
-FACTORS_KEY = "llmsurgery-factors"
 _FACTOR_DTYPES = ("F32", "F64")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Entries given in the stored dtype.
-
-    Attributes:
-        encoding: "dense", or how the positions are encoded (`llmsurgery.edits.indices`).
-        at: Part that holds the positions; None for dense.
-        values: Part that holds the values; None sets the positions to zero.
-    """
-
-    encoding: str
-    at: str | None
-    values: str | None
-
-
-@dataclass(frozen=True)
-class TensorPatch:
-    """What a patch does to one tensor.
-
-    Attributes:
-        name: Stored name.
-        dtype: Stored dtype code.
-        shape: Stored shape.
-        before: SHA-256 of its bytes in the base.
-        after: SHA-256 of its bytes in the result.
-        factors: (u, v) parts of low-rank terms.
-        exact: Entries that are set after the factors.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    before: str
-    after: str
-    factors: tuple[tuple[str, str], ...] = ()
-    exact: Exact | None = None
-
-
-@dataclass(frozen=True)
-class FilePatch:
-    """What a patch does to one side file.
-
-    Attributes:
-        path: Relative name.
-        before: SHA-256 in the base, None if it is not there.
-        after: SHA-256 in the result, None if it is not there.
-        content: Part that holds its bytes, None if it is removed.
-        mode: Permission bits.
-    """
-
-    path: str
-    before: str | None
-    after: str | None
-    content: str | None
-    mode: int = 0o644
 
 
 @dataclass(frozen=True)
@@ -108,6 +55,7 @@ class Patch:
         files: Side-file changes.
         provenance: Operations that made the result.
         parts: The container's entries.
+        gone: Digests of the tensors of the base that nothing in the result comes from.
     """
 
     path: Path
@@ -117,6 +65,7 @@ class Patch:
     files: list[FilePatch]
     provenance: dict[str, Any]
     parts: dict[str, TensorInfo] = field(repr=False)
+    gone: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -131,41 +80,38 @@ class Patch:
         """Return a reader of one part."""
         return PartReader(self.parts[part])
 
+    def file_content(self, path: str) -> bytes | None:
+        """Return the new content of a side file, None if the patch does not change it."""
+        part = next((file.content for file in self.files if file.path == path), None)
+        return None if part is None else bytes(self.reader(part).take(self.parts[part].nbytes))
+
+    def moves(self) -> Moves:
+        """Return how names and shapes change.
+
+        Raises:
+            DamagedError: Indices that are kept do not fit.
+        """
+        moved = [tensor for tensor in self.tensors.values() if not tensor.in_place]
+        return Moves({tensor.name: self.origin(tensor) for tensor in moved}, tuple(self.gone))
+
+    def origin(self, tensor: TensorPatch) -> Origin:
+        """Return where a tensor comes from.
+
+        Raises:
+            DamagedError: Indices that are kept do not fit.
+        """
+        keep = {}
+        for axis, part in tensor.keep:
+            reader, length = self.reader(part), tensor.base_shape[axis]
+            bits = np.frombuffer(reader.take(reader.left), dtype=np.uint8)
+            keep[axis] = np.flatnonzero(np.unpackbits(bits)).astype(np.int64)
+            if bits.size != -(-length // 8) or keep[axis].size != tensor.shape[axis] or keep[axis][-1] >= length:
+                raise _broken(self.path, f"tensor {tensor.name!r}: what is kept of it does not fit")
+        return Origin(tensor.name, tensor.dtype, tensor.shape, tensor.source, keep)
+
     def _matrix(self, part: str) -> np.ndarray[Any, Any]:
         info = self.parts[part]
         return np.frombuffer(self.reader(part).take(info.nbytes), dtype=storage_dtype(info.dtype)).reshape(info.shape)
-
-
-def encode_metadata(
-    config_sha256: str,
-    tensors: Mapping[str, TensorPatch],
-    files: list[FilePatch],
-    provenance: Mapping[str, object],
-    key: str = KEY,
-) -> dict[str, str]:
-    """Return the container metadata of a patch."""
-    document = {
-        "format": FORMAT,
-        "base": {"config_sha256": config_sha256},
-        "tensors": {
-            name: {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "before": tensor.before,
-                "after": tensor.after,
-                "factors": [list(pair) for pair in tensor.factors],
-                "exact": None
-                if tensor.exact is None
-                else {"encoding": tensor.exact.encoding, "at": tensor.exact.at, "values": tensor.exact.values},
-            }
-            for name, tensor in tensors.items()
-        },
-        "files": [
-            {"path": f.path, "before": f.before, "after": f.after, "content": f.content, "mode": f.mode} for f in files
-        ],
-        "provenance": dict(provenance),
-    }
-    return {key: json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)}
 
 
 def read_patch(path: Path | str, key: str = KEY) -> Patch:
@@ -198,19 +144,28 @@ def read_patch(path: Path | str, key: str = KEY) -> Patch:
         )
     try:
         document = json.loads(text)
-        if document["format"] != FORMAT:
+        if document["format"] not in (FORMAT, MOVED_FORMAT):
             raise InputError(
                 f"{str(path)!r} has patch format {document['format']!r}",
-                f"this version reads format {FORMAT}",
+                f"this version reads formats {FORMAT} and {MOVED_FORMAT}",
                 "use the version of llmsurgery that wrote it",
             )
         tensors = {name: _tensor(header, name, entry) for name, entry in document["tensors"].items()}
         files = [_file(header, entry) for entry in document["files"]]
         config = str(document["base"]["config_sha256"])
         provenance = dict(document["provenance"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        gone = {str(name): str(digest) for name, digest in document.get("gone", {}).items()}
+        _check_sources(path, tensors, gone)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _broken(path, f"its description is incomplete: {error!r}") from error
-    return Patch(path, header.metadata["sha256"], config, tensors, files, provenance, header.tensors)
+    return Patch(path, header.metadata["sha256"], config, tensors, files, provenance, header.tensors, gone)
+
+
+def _check_sources(path: Path, tensors: Mapping[str, TensorPatch], gone: Mapping[str, str]) -> None:
+    used = [*gone, *(tensor.source for tensor in tensors.values() if tensor.source is not None)]
+    if len(used) != len(set(used)):
+        twice = next(name for name in used if used.count(name) > 1)
+        raise _broken(path, f"two of its entries take tensor {twice!r} of the base")
 
 
 def _broken(path: Path, why: str) -> DamagedError:
@@ -246,7 +201,23 @@ def _tensor(header: Header, name: str, entry: dict[str, Any]) -> TensorPatch:
             values = header.tensors[exact.values]
             if values.dtype != entry["dtype"] or (exact.encoding == "dense" and values.size != size):
                 _refuse(header, name, "its values do not fit")
-    return TensorPatch(name, str(entry["dtype"]), shape, str(entry["before"]), str(entry["after"]), factors, exact)
+    source = entry.get("source", name)
+    before = None if source is None else str(entry["before"])
+    done = partial(TensorPatch, name, str(entry["dtype"]), shape, before, str(entry["after"]), factors, exact, source)
+    if "keep" not in entry:
+        return done()
+    base_shape, keep = tuple(int(side) for side in entry["base_shape"]), []
+    for axis, part in entry["keep"].items():
+        keep.append((int(axis), str(part)))
+        if header.tensors[part].dtype != "U8" or not 0 <= int(axis) < len(base_shape):
+            _refuse(header, name, "what is kept of it does not fit")
+    cut = {axis for axis, _ in keep}
+    stays = len(base_shape) == len(shape) and all(
+        new < old if axis in cut else new == old for axis, (old, new) in enumerate(zip(base_shape, shape, strict=True))
+    )
+    if source is None or not keep or not stays or 0 in shape:
+        _refuse(header, name, "what is kept of it does not fit")
+    return done(base_shape, tuple(keep))
 
 
 def _file(header: Header, entry: dict[str, Any]) -> FilePatch:

@@ -15,17 +15,17 @@ from llmsurgery.checkpoint import Checkpoint, Publication
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
-from llmsurgery.edits.apply import apply_patch, check_base
+from llmsurgery.edits.apply import apply_patch, check_base, rewritten
 from llmsurgery.edits.coverage import coverage
 from llmsurgery.edits.patch import Patch, read_patch
-from llmsurgery.edits.revert import revert_tensors
+from llmsurgery.edits.revert import revert_layout, revert_tensors
 from llmsurgery.edits.undo import check_fit, read_undo
 from llmsurgery.edits.write import Sink, TensorChange
 from llmsurgery.errors import NoEffectError
-from llmsurgery.run.diff import roles_of
 from llmsurgery.run.forms import PATCH
 from llmsurgery.run.manifest import FORMAT, NAME, change_record, earlier_operations, encode_manifest
 from llmsurgery.run.record import CARD, Recorded, write_recorded
+from llmsurgery.run.roles import roles_of, roles_with
 
 WriteCard = Callable[[Mapping[str, object], str], str]
 
@@ -39,18 +39,22 @@ def apply_file(
     opened = read_patch(place / PATCH if (place / PATCH).is_file() else place)
     checkpoint = Checkpoint.open(resolve_source(base))
     check_target(checkpoint, Path(out), force)
-    if not opened.tensors and not opened.files:
+    if not opened.tensors and not opened.files and not opened.gone:
         raise NoEffectError(f"the patch {patch!r} changes nothing", "it was made from two equal checkpoints", "")
     with progress.task("checking the base", len(opened.tensors)) as tick:
         check_base(opened, checkpoint, tick)
-    role_of = roles_of(checkpoint)
-    with Publication(checkpoint, out, link=link, force=force, rewrite=set(opened.tensors)) as publication:
+    moves = opened.moves()
+    layout = moves.layout(checkpoint)
+    role_of = roles_with(roles_of(checkpoint), checkpoint, opened.file_content("config.json"), layout)
+    with Publication(
+        checkpoint, out, link=link, force=force, rewrite=rewritten(opened), layout=layout
+    ) as publication:  # fmt: skip
 
         def write(observe: Sink | None) -> list[TensorChange]:
             with progress.task("applying", len(opened.tensors)) as tick:
                 return apply_patch(opened, checkpoint, publication, role_of, observe, tick)
 
-        recorded = write_recorded(publication, write, undo, [file.path for file in opened.files])
+        recorded = write_recorded(publication, write, undo, [file.path for file in opened.files], moves)
         for message in publication.notices:
             progress.notice(message)
         manifest = _manifest(opened, base, checkpoint, Path(out), recorded, publication)
@@ -101,7 +105,10 @@ def revert_result(result: str, out: str, link: bool, force: bool, progress: Prog
     check_target(checkpoint, Path(out), force)
     check_fit(undo, checkpoint)
     files = undo.files()
-    with Publication(checkpoint, out, link=link, force=force, rewrite=set(undo.tensors)) as publication:
+    layout = revert_layout(undo, checkpoint)
+    with Publication(
+        checkpoint, out, link=link, force=force, rewrite=set(undo.tensors), layout=layout
+    ) as publication:  # fmt: skip
         with progress.task("reverting", len(undo.tensors)) as tick:
             revert_tensors(undo, checkpoint, publication, tick)
         for file in files:

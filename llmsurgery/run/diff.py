@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmsurgery.arch.bundle import plain_config
-from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import Difference, TensorDelta, compare
-from llmsurgery.edits.kinds import LowRank
-from llmsurgery.edits.patch import FACTORS_KEY, read_patch
-from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
+from llmsurgery.edits.origin import Moves, Origin
+from llmsurgery.edits.patch import Patch, read_patch
+from llmsurgery.edits.patch_entries import FACTORS_KEY
+from llmsurgery.errors import DamagedError, InputError, UsageError
 from llmsurgery.run.manifest import NAME as MANIFEST
 from llmsurgery.run.record import FACTORS
+from llmsurgery.run.roles import roles_of
 
 
 def diff_checkpoints(
@@ -38,15 +38,6 @@ def diff_checkpoints(
     if out is not None:
         document["patch"] = _write(first, second, difference, Path(out), progress)
     return document
-
-
-def roles_of(checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Return a function from stored name to role; "other" for everything where the family is not known."""
-    try:
-        return detect(plain_config(checkpoint.config), checkpoint.tensors).role_of
-    except (UnsupportedError, DamagedError):
-        # Bytes can be compared and patched without knowing what they are for.
-        return lambda name: "other"
 
 
 def describe(before: str, after: str, difference: Difference, role_of: Callable[[str], str]) -> dict[str, object]:
@@ -97,37 +88,68 @@ def _summary(tensors: list[TensorDelta], single: bool = False) -> dict[str, obje
 def _write(
     before: Checkpoint, after: Checkpoint, difference: Difference, out: Path, progress: Progress
 ) -> dict[str, object]:  # fmt: skip
-    if not difference.same_structure:
-        names = [*difference.only_before, *difference.only_after, *difference.reshaped]
-        raise UnsupportedError(
-            f"no patch leads from {str(before.root)!r} to {str(after.root)!r}",
-            f"a patch keeps tensor names, dtypes and shapes, and {len(names)} differ, first {names[0]!r}",
-            "publish the second checkpoint as a whole",
-        )
-    changed = [tensor.name for tensor in difference.changed]
-    factors = kept_factors(after, progress)
+    kept = kept_patch(after, progress)
+    moves = moves_between(before, after, kept)
+    changed = [tensor.name for tensor in difference.changed if tensor.name not in moves.origins]
+    factors = {} if kept is None else {name: kept.low_rank(tensor) for name, tensor in kept.tensors.items()}
     with new_file(out) as stream:
-        seal = write_patch(stream, before, after, changed, factors, difference.files, provenance(after))
+        seal = write_patch(
+            stream, before, after, changed, factors, difference.files, provenance(after), moves
+        )  # fmt: skip
     return {
         "path": str(out),
         "bytes": out.stat().st_size,
         "sha256": seal,
-        "tensors": len(changed),
+        "tensors": len({*changed, *moves.origins, *moves.gone}),
         "files": len(difference.files),
     }
 
 
-def kept_factors(result: Checkpoint, progress: Progress) -> Mapping[str, list[LowRank]]:
-    """Return the low-rank factors that a run left beside its result; the builder checks them against the bytes."""
+def kept_patch(result: Checkpoint, progress: Progress) -> Patch | None:
+    """Return the low-rank factors and origins that a run left beside its result, None if there are none.
+
+    The builder of a patch checks them against the bytes.
+    """
     path = result.root / FACTORS
     if not path.is_file():
-        return {}
+        return None
     try:
-        kept = read_patch(path, FACTORS_KEY)
+        return read_patch(path, FACTORS_KEY)
     except (DamagedError, InputError) as error:
         progress.notice(f"the patch will be larger than it could be: {error.what} ({error.why})")
-        return {}
-    return {name: kept.low_rank(tensor) for name, tensor in kept.tensors.items()}
+        return None
+
+
+def moves_between(before: Checkpoint, after: Checkpoint, kept: Patch | None) -> Moves:
+    """Return how the names and shapes of one checkpoint follow from those of another.
+
+    Args:
+        before: The first.
+        after: The second.
+        kept: What the run that made the second left beside it; what does not fit is passed over. A tensor of which
+            nothing is known, and which the first does not hold in the same dtype and shape, is a new one.
+    """
+    origins: dict[str, Origin] = {}
+    sources: set[str] = set()
+    for tensor in kept.tensors.values() if kept is not None else ():
+        own, old = after.tensors.get(tensor.name), before.tensors.get(tensor.source or "")
+        fits = own is not None and (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
+        known = (
+            old is not None and old.name not in sources and (old.dtype, old.shape) == (tensor.dtype, tensor.base_shape)
+        )
+        if kept is not None and not tensor.in_place and fits and (known or tensor.source is None):
+            origins[tensor.name] = kept.origin(tensor)
+            sources |= {tensor.source} if tensor.source is not None else set()
+    stays = set()
+    for name, info in after.tensors.items():
+        old = before.tensors.get(name)
+        if name in origins:
+            continue
+        if old is not None and name not in sources and (old.dtype, old.shape) == (info.dtype, info.shape):
+            stays.add(name)
+        else:
+            origins[name] = Origin(name, info.dtype, info.shape, None)
+    return Moves(origins, tuple(name for name in before.tensors if name not in sources and name not in stays))
 
 
 def provenance(result: Checkpoint) -> dict[str, Any]:

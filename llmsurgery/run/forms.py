@@ -8,15 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmsurgery.checkpoint import Checkpoint, Publication, file_digest
+from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.checkpoint.target import Claim
+from llmsurgery.edits.arrange import arrange
 from llmsurgery.edits.build import write_patch
+from llmsurgery.edits.config import beside_files
 from llmsurgery.edits.delta import compare_files
-from llmsurgery.edits.kinds import File, LowRank, TensorEdit
+from llmsurgery.edits.evaluate import tensor_edits
+from llmsurgery.edits.kinds import Config, File, LowRank, StoredEdit
 from llmsurgery.edits.write import Sink, TensorChange, write_edits
 from llmsurgery.errors import UnsupportedError, UsageError, unknown_name
+from llmsurgery.methods.base import MethodResult
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import CARD, Recorded, keep_factors, low_rank_factors, write_recorded
+from llmsurgery.run.roles import roles_with
 from llmsurgery.train.config import TrainingConfig
 
 FORMS = ("full", "patch", "adapter")
@@ -30,24 +36,34 @@ class Changes:
     """What a method returned.
 
     Attributes:
-        edits: In-place tensor edits.
-        files: Files beside the weights.
+        edits: Edits of stored tensors.
+        files: Files beside the weights that differ from the source's.
         kept: Small files for later operations on a whole checkpoint; name -> content.
     """
 
-    edits: Sequence[TensorEdit]
+    edits: Sequence[StoredEdit]
     files: Sequence[File] = ()
     kept: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the edited tensors."""
-        return {edit.name for edit in self.edits}
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to write."""
         return not self.edits and not self.files
+
+
+def changes_of(checkpoint: Checkpoint, result: MethodResult) -> Changes:
+    """Return what is to be written of what a method returned.
+
+    Args:
+        checkpoint: The source.
+        result: The method's result.
+
+    Raises:
+        SurgeryError: The edits contradict each other: a method's bug.
+        InputError: A value is to be set in a file that cannot take it.
+    """
+    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File | Config)])
+    return Changes(edits, beside_files(checkpoint, result.edits), result.beside)
 
 
 @dataclass(frozen=True)
@@ -58,13 +74,21 @@ class Written:
         recorded: Changes, digests and size of the undo data.
         path: What the figures are measured on: a checkpoint, or what is to be loaded onto the source.
         export: Its kind: an "adapter" or a "processor" needs the source, a "bundle" runs its own code.
+        layout: Where the tensors of the model lie.
         patch_bytes: Size of the patch file, None without one.
     """
 
     recorded: Recorded
     path: Path
     export: str
+    layout: Layout
     patch_bytes: int | None = None
+
+    @property
+    def added(self) -> list[str]:
+        """Names of tensors that the source does not have."""
+        changes = self.recorded.changes
+        return [change.name for change in changes if change.sha256_before is None and change.sha256_after is not None]
 
 
 def check_form(prepared: Prepared) -> None:
@@ -120,13 +144,14 @@ def open_publication(prepared: Prepared, changes: Changes, claim: Claim | None =
     """Return the publication of a run: a copy of the source, or an empty directory for what holds no model."""
     request = prepared.request
     full = request.save == "full" and prepared.export != "processor"
-    names = changes.names if full else set()
+    arrangement = arrange(prepared.checkpoint, changes.edits if full else ())
     return Publication(
         prepared.checkpoint,
         prepared.out,
         link=request.link,
         force=request.force,
-        rewrite=names,
+        rewrite=arrangement.rewrite,
+        layout=arrangement.layout,
         carry=full,
         claim=claim,
     )
@@ -149,11 +174,11 @@ def write_form(prepared: Prepared, publication: Publication, changes: Changes) -
         with _write_patch(prepared, publication, changes) as written:
             yield written
     elif save == "adapter":
-        yield _write_adapter(prepared, publication, changes.edits)
+        yield _write_adapter(prepared, publication, changes)
     elif prepared.export == "processor":
         _write_files(publication, changes)
         digests = {file.path: file_digest(publication.path / file.path) for file in changes.files}
-        yield Written(Recorded([], digests, None), publication.path, prepared.export)
+        yield Written(Recorded([], digests, None), publication.path, prepared.export, publication.layout)
     else:
         yield _write_full(prepared, publication, changes)
 
@@ -170,7 +195,10 @@ def _write_all(
     _write_files(publication, changes)
     if not changes.edits and changes.files:
         return []
-    return write_edits(prepared.checkpoint, publication, changes.edits, prepared.structure.role_of, observe)
+    source = prepared.checkpoint
+    config = next((file.content for file in changes.files if file.path == "config.json"), None)
+    role_of = roles_with(prepared.structure.role_of, source, config, publication.layout)
+    return write_edits(source, publication, changes.edits, role_of, observe, bool(changes.files))
 
 
 def _write_full(prepared: Prepared, publication: Publication, changes: Changes) -> Written:
@@ -178,13 +206,14 @@ def _write_full(prepared: Prepared, publication: Publication, changes: Changes) 
         return _write_all(prepared, publication, changes, observe)
 
     undo = prepared.request.undo
-    recorded = write_recorded(publication, write, undo, [file.path for file in changes.files])
+    moves = arrange(prepared.checkpoint, changes.edits).moves
+    recorded = write_recorded(publication, write, undo, [file.path for file in changes.files], moves)
     if undo:
         keep_factors(publication, changes.edits, recorded.changes)
     for name, content in changes.kept.items():
         with publication.new_file(f"{BESIDE}/{name}") as stream:
             stream.write(content)
-    return Written(recorded, publication.path, prepared.export)
+    return Written(recorded, publication.path, prepared.export, publication.layout)
 
 
 @contextmanager
@@ -197,36 +226,39 @@ def _write_patch(prepared: Prepared, publication: Publication, changes: Changes)
         "settings": as_record(prepared.config),
         "seed": prepared.request.seed,
     }
+    arrangement = arrange(source, changes.edits)
+    rewrite, layout = arrangement.rewrite, arrangement.layout
     # Never published: it exists to be compared with and measured, and goes when the block ends.
     with Publication(
-        source, publication.path / "applied", link=prepared.request.link, rewrite=changes.names
-    ) as applied:  # fmt: skip
+        source, publication.path / "applied", link=prepared.request.link, rewrite=rewrite, layout=layout
+    ) as applied:
         written = _write_all(prepared, applied, changes)
         result = Checkpoint.open(applied.path)
         names = [change.name for change in written if change.changed]
         with publication.new_file(PATCH) as stream:
             write_patch(
-                stream, source, result, names, low_rank_factors(changes.edits), compare_files(source, result),
-                {"operations": [step]},
+                stream, source, result, names, low_rank_factors(source, changes.edits), compare_files(source, result),
+                {"operations": [step]}, arrangement.moves,
             )  # fmt: skip
         patch = publication.path / PATCH
         recorded = Recorded(written, {PATCH: file_digest(patch)}, None)
-        yield Written(recorded, applied.path, prepared.export, patch.stat().st_size)
+        yield Written(recorded, applied.path, prepared.export, applied.layout, patch.stat().st_size)
 
 
-def _write_adapter(prepared: Prepared, publication: Publication, edits: Sequence[TensorEdit]) -> Written:
+def _write_adapter(prepared: Prepared, publication: Publication, changes: Changes) -> Written:
     from llmsurgery.train.adapter import adapter_files
 
     training = adapter_training(prepared)
+    edits = changes.edits
     factors = [edit for edit in edits if isinstance(edit, LowRank)]
-    if training is None or len(factors) != len(edits):
+    if training is None or len(factors) != len(edits) or changes.files:
         raise UsageError("this run has no adapter", "its edits are not those of LoRA adapters", "use --save patch")
     # Nothing is written into weights; the digests are those of the folded form.
-    changes = write_edits(prepared.checkpoint, None, edits, prepared.structure.role_of)
+    written = write_edits(prepared.checkpoint, None, edits, prepared.structure.role_of)
     name = prepared.request.model or str(prepared.checkpoint.root)
     targets = {target.stored: target for target in prepared.targets}
     files = adapter_files([(targets[edit.name], edit) for edit in factors], training, name)
     for file, content in files.items():
         publication.write_file(file, content)
     digests = {file: file_digest(publication.path / file) for file in files if file != CARD}
-    return Written(Recorded(changes, digests, None), publication.path, "adapter")
+    return Written(Recorded(written, digests, None), publication.path, "adapter", publication.layout)

@@ -110,10 +110,15 @@ def earlier_operations(source: Path) -> list[object]:
 
 
 def change_record(change: TensorChange) -> dict[str, object]:
-    """Return what happened to one tensor as JSON values."""
+    """Return what happened to one tensor as JSON values; where it moved, or had another shape, stands last."""
     record = dataclasses.asdict(change)
     del record["name"]
     record["shape"] = list(change.shape)
+    for key in ("source", "shape_before"):
+        if record[key] is None:
+            del record[key]
+    if change.shape_before is not None:
+        record["shape_before"] = list(change.shape_before)
     return record
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
-from llmsurgery.edits.evaluate import tensor_edits
-from llmsurgery.edits.kinds import File
+from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
-from llmsurgery.run.forms import BESIDE, Changes, Written
+from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
@@ -93,12 +92,10 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     if prepared.until is not None and record.get("stopped") != "until":
         notices.notice(f"--until {prepared.until} was not reached within {record.get('steps')} steps")
     targets = prepared.targets if result.targets is None else result.targets
-    files = [edit for edit in result.edits if isinstance(edit, File)]
-    edits = tensor_edits([edit for edit in result.edits if not isinstance(edit, File)])
     if before.redirected is not None:
         layers = [target.layer for target in targets if target.layer is not None]
         before = dataclasses.replace(before, redirected=before.redirected.at(max(layers)))
-    return Operated(before, Changes(edits, files, result.beside), record, targets, result.check)
+    return Operated(before, changes_of(prepared.checkpoint, result), record, targets, result.check)
 
 
 def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> Mapping[str, SetScores] | None:
@@ -181,6 +178,16 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floa
     return read
 
 
+def _check_layout(written: Checkpoint, layout: Layout) -> None:
+    expected = {name: (info.dtype, info.shape) for name, info in layout.tensors.items()}
+    if {name: (info.dtype, info.shape) for name, info in written.tensors.items()} != expected:
+        raise DamagedError(
+            f"the checkpoint in {str(written.root)!r} has other tensors than were written into it",
+            "another program changed it",
+            "run again when nothing else writes there",
+        )
+
+
 def measure_result(
     prepared: Prepared,
     result: Written,
@@ -202,15 +209,17 @@ def measure_result(
     from llmsurgery.compute.device import memory_errors
 
     path = prepared.checkpoint.root if result.export in ("adapter", "processor") else result.path
-    written = Checkpoint.open(path)
-    if written.tensors.keys() != prepared.checkpoint.tensors.keys():
-        raise DamagedError(
-            "the written checkpoint has other tensors than its source", "it was changed while written", ""
-        )
+    if path == result.path:
+        _check_layout(Checkpoint.open(path), result.layout)
     if prepared.evaluation.figures == "edit":
-        return measure_streamed(prepared, path, before)
+        return measure_streamed(prepared, result, before)
     with memory_errors():
         model = _load(prepared, path, result.export == "bundle")
+        if path == result.path and result.added:
+            from llmsurgery.compute.load import require_taken
+
+            buffers = prepared.structure.family.buffers
+            require_taken(model, path, result.added, tensor_reader(Checkpoint.open(path)), buffers)
         if result.export == "adapter":
             from llmsurgery.train.adapter import attach_adapter
 

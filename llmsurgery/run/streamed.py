@@ -9,12 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmsurgery.arch.detect import detect
+from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.methods.base import Operation
-from llmsurgery.run.forms import BESIDE, Changes
+from llmsurgery.run.forms import BESIDE, Written, changes_of
 from llmsurgery.run.notices import Notices
 from llmsurgery.run.prepare import Prepared
 
 if TYPE_CHECKING:
+    from llmsurgery.arch.spec import Structure
     from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.run.operate import Operated
@@ -25,18 +28,17 @@ NOTICE = (
 )
 
 
-def open_streamed(prepared: Prepared, path: Path) -> StreamedModel:
+def open_streamed(prepared: Prepared, path: Path, structure: Structure) -> StreamedModel:
     """Open the source or a written result."""
     from llmsurgery.compute.stream import StreamedModel
 
     trust = prepared.request.trust_remote_code
-    return StreamedModel.open(path, prepared.structure, prepared.dtype, prepared.device, trust)
+    return StreamedModel.open(path, structure, prepared.dtype, prepared.device, trust)
 
 
 def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
     """Run the method on the streamed source, then measure the source at what turned out to be the last block."""
     from llmsurgery.compute.device import memory_errors, set_seeds
-    from llmsurgery.edits.evaluate import tensor_edits
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
     from llmsurgery.run.operate import Operated, tensor_reader
@@ -45,7 +47,7 @@ def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
 
     set_seeds(prepared.request.seed)
     with memory_errors():
-        streamed = open_streamed(prepared, prepared.checkpoint.root)
+        streamed = open_streamed(prepared, prepared.checkpoint.root, prepared.structure)
         operation = Operation(
             structure=prepared.structure,
             source_config=prepared.checkpoint.config,
@@ -69,17 +71,31 @@ def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
         figures = redirect_figures(*common, reference)
     notices.notice(NOTICE)
     before = Measurement(figures, redirected=reference.at(last))
-    return Operated(before, Changes(tensor_edits(result.edits), (), result.beside), dict(result.record), targets)
+    return Operated(before, changes_of(prepared.checkpoint, result), dict(result.record), targets)
 
 
-def measure_streamed(prepared: Prepared, path: Path, before: Measurement) -> Measurement:
+def measure_streamed(prepared: Prepared, result: Written, before: Measurement) -> Measurement:
     """Measure a written result as the source was."""
     from llmsurgery.compute.device import memory_errors
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.redirection import redirect_figures
 
     assert before.redirected is not None
+    structure = prepared.structure
+    if result.layout.files:
+        structure = _checked_structure(prepared, result)
     with memory_errors():
-        streamed = open_streamed(prepared, path)
-        common = (streamed, prepared.structure, prepared.probes, prepared.encoder.pad_id)
+        streamed = open_streamed(prepared, result.path, structure)
+        common = (streamed, structure, prepared.probes, prepared.encoder.pad_id)
         return Measurement(redirect_figures(*common, before.redirected))
+
+
+def _checked_structure(prepared: Prepared, result: Written) -> Structure:
+    """Return the structure of a result with other tensors than its source, all of which stock transformers takes."""
+    from llmsurgery.compute.load import empty_model, require_taken
+    from llmsurgery.run.operate import tensor_reader
+
+    written, buffers = Checkpoint.open(result.path), prepared.structure.family.buffers
+    model = empty_model(result.path, prepared.dtype, prepared.request.trust_remote_code, buffers)
+    require_taken(model, result.path, result.added, tensor_reader(written), buffers)
+    return detect(written.config, written.tensors)

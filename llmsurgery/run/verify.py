@@ -60,11 +60,12 @@ def _passed(name: str, detail: str) -> dict[str, object]:
     return {"check": name, "passed": True, "detail": detail}
 
 
-def _expected(manifest: dict[str, Any] | None) -> dict[str, str]:
+def _expected(manifest: dict[str, Any] | None) -> dict[str, str | None]:
+    """Return the digest of every edited tensor, None for one that is gone."""
     if manifest is None:
         return {}
     try:
-        return {name: str(record["sha256_after"]) for name, record in manifest["tensors"].items()}
+        return {name: record["sha256_after"] for name, record in manifest["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{NAME} is damaged", f"its record of tensors is incomplete: {error!r}", _FIX) from error
 
@@ -82,9 +83,16 @@ def _check_files(root: Path, manifest: dict[str, Any]) -> dict[str, object]:
     return _passed("side files", f"{len(files)} files have the SHA-256 of {NAME}")
 
 
-def _check_tensors(checkpoint: Checkpoint, expected: dict[str, str], progress: Progress) -> list[dict[str, object]]:
-    for name in expected:
-        checkpoint.info(name)
+def _check_tensors(
+    checkpoint: Checkpoint, expected: dict[str, str | None], progress: Progress
+) -> list[dict[str, object]]:  # fmt: skip
+    for name, after in expected.items():
+        if after is not None:
+            checkpoint.info(name)
+        elif name in checkpoint.tensors:
+            raise DamagedError(
+                f"tensor {name!r} in {str(checkpoint.root)!r} is back", f"{NAME} says that it was dropped", _FIX
+            )
     with progress.task("reading tensors", len(checkpoint.tensors)) as tick:
         for name, info in checkpoint.tensors.items():
             digest = hashlib.sha256() if name in expected else None
@@ -102,8 +110,12 @@ def _check_tensors(checkpoint: Checkpoint, expected: dict[str, str], progress: P
             tick()
     checks = [_passed("finite", f"{len(checkpoint.tensors)} tensors hold neither NaN nor Inf")]
     if expected:
-        checks.insert(0, _passed("tensors", f"{len(expected)} edited tensors have the SHA-256 of {NAME}"))
+        checks.insert(0, _passed("tensors", f"{_stored(expected)} edited tensors have the SHA-256 of {NAME}"))
     return checks
+
+
+def _stored(expected: dict[str, str | None]) -> int:
+    return sum(after is not None for after in expected.values())
 
 
 def _check_loads(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, object]:
@@ -124,18 +136,26 @@ def _check_base(
     checkpoint: Checkpoint, base: Checkpoint, manifest: dict[str, Any], progress: Progress
 ) -> dict[str, object]:  # fmt: skip
     records = manifest["tensors"]
-    if checkpoint.tensors.keys() != base.tensors.keys():
-        odd = sorted(checkpoint.tensors.keys() ^ base.tensors.keys())
+    expected = {
+        *(name for name in base.tensors if name not in records),
+        *(name for name, record in records.items() if record["sha256_after"] is not None),
+    }
+    if checkpoint.tensors.keys() != expected:
+        odd = sorted(checkpoint.tensors.keys() ^ expected)
         raise _unlike(checkpoint, base, f"{len(odd)} tensors are in one of them only, first {odd[0]!r}")
+    if foreign := sorted(
+        name for name, record in records.items() if (record["sha256_before"] is None) == (name in base.tensors)
+    ):
+        raise _unlike(checkpoint, base, f"tensor {foreign[0]!r} is not in the base, or was not when it was edited")
     with progress.task("comparing with the base", len(base.tensors)) as tick:
         for name, info in base.tensors.items():
-            own = checkpoint.info(name)
-            if (own.dtype, own.shape) != (info.dtype, info.shape):
-                raise _unlike(checkpoint, base, f"tensor {name!r} has another dtype or shape")
             digest = tensor_digest(info.path, info.start, info.end)
             if name in records:
                 same = digest == records[name]["sha256_before"]
             else:
+                own = checkpoint.info(name)
+                if (own.dtype, own.shape) != (info.dtype, info.shape):
+                    raise _unlike(checkpoint, base, f"tensor {name!r} has another dtype or shape")
                 same = digest == tensor_digest(own.path, own.start, own.end)
             if not same:
                 what = "the base differs from the one that was edited" if name in records else "nothing edited it"
@@ -143,7 +163,7 @@ def _check_base(
             tick()
     if file_digest(base.root / "config.json") != manifest["source"]["config_sha256"]:
         raise _unlike(checkpoint, base, "config.json of the base is not the one in the manifest")
-    rest = len(base.tensors) - len(records)
+    rest = sum(name not in records for name in base.tensors)
     return _passed("base", f"{len(records)} edited tensors started from it, {rest} others are equal to it")
 
 

@@ -106,15 +106,25 @@ def test_diff_shows_roles_and_equal_checkpoints(pair: tuple[Path, Path], tmp_pat
     assert run(["apply", str(tmp_path / "none.patch"), str(source), "-o", str(tmp_path / "x")]) == 5
 
 
-def test_other_shapes_are_shown_but_make_no_patch(
+def test_other_tensors_are_shown_and_patched(
     checkpoints: dict[str, Path], pair: tuple[Path, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     source, other = pair[0], checkpoints["sharded_llama"]
-    shown = document(["diff", str(source), str(other)], capsys)
+    shown = document(["diff", str(source), str(other), "-o", str(tmp_path / "p")], capsys)
     assert shown["only_after"] == ["lm_head.weight"]
-    failed = document(["diff", str(source), str(other), "-o", str(tmp_path / "p")], capsys, code=4)
-    assert "lm_head.weight" in failed["error"]["why"]
-    assert not list(tmp_path.iterdir())
+    assert shown["patch"]["tensors"] == len(shown["tensors"]) + 1
+    assert run(["apply", str(tmp_path / "p"), str(source), "-o", str(tmp_path / "applied"), "-q"]) == 0
+    again = document(["diff", str(tmp_path / "applied"), str(other)], capsys)
+    assert again["identical"]
+    # The source's layout stays, and so one file holds all.
+    assert (tmp_path / "applied" / "model.safetensors").is_file()
+    assert run(["verify", str(tmp_path / "applied"), "--base", str(source), "-q"]) == 0
+    assert run(["revert", str(tmp_path / "applied"), "-o", str(tmp_path / "reverted"), "-q"]) == 0
+    assert bytes_and_modes(tmp_path / "reverted") == bytes_and_modes(source)
+    # The way there and back are two patches.
+    assert run(["diff", str(other), str(source), "-o", str(tmp_path / "back"), "-q"]) == 0
+    assert run(["apply", str(tmp_path / "back"), str(other), "-o", str(tmp_path / "small"), "-q"]) == 0
+    assert document(["diff", str(tmp_path / "small"), str(source)], capsys)["identical"]
 
 
 def test_patch_file_is_not_overwritten_unasked(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llmsurgery.checkpoint import Checkpoint, Publication, TensorInfo, decode, encode
 from llmsurgery.edits.coverage import RoleCoverage, coverage
 from llmsurgery.edits.evaluate import evaluate_rows, require_fit, tensor_edits
-from llmsurgery.edits.kinds import Drop, Edit, LowRank, Replace, TensorEdit
+from llmsurgery.edits.kinds import Config, Edit, LowRank, Replace, TensorEdit
 from llmsurgery.edits.write import TensorChange, write_edits
 from llmsurgery.errors import DamagedError, DivergedError, NoEffectError, SurgeryError
 
@@ -122,8 +122,8 @@ def test_edit_that_is_not_finite_diverged(bad: float) -> None:
 
 def test_edits_without_a_writer_are_refused() -> None:
     replace = Replace("w", np.ones(1))
-    with pytest.raises(SurgeryError, match="kind Drop"):
-        tensor_edits([Drop("w")])
+    with pytest.raises(SurgeryError, match="kind Config"):
+        tensor_edits([Config(("config.json", "x"), 1)])
     with pytest.raises(SurgeryError, match="w is replaced twice"):
         tensor_edits([replace, replace])
     kept: list[Edit] = [replace, LowRank("w", one(1), one(1))]

@@ -15,7 +15,8 @@ from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import FileDelta
 from llmsurgery.edits.kinds import LowRank, Mask, Replace, Sparse, TensorEdit
 from llmsurgery.edits.patch import read_patch
-from llmsurgery.edits.undo import NAME, _planes, _restore, read_undo
+from llmsurgery.edits.planes import from_planes, to_planes
+from llmsurgery.edits.undo import NAME, read_undo
 from llmsurgery.errors import DamagedError, InputError
 
 from .building import apply, checkpoint, content, make_patch, matrix, revert, write
@@ -234,7 +235,7 @@ def test_any_bytes_come_back_from_undo_data(code: str) -> None:
     kind = storage_dtype(code)
     # Every bit pattern, NaN payloads and negative zeros included.
     old, new = (np.frombuffer(rng.bytes(4000 * kind.itemsize), dtype=kind).reshape(40, 100) for _ in range(2))
-    restored = _restore(_planes(old, new), new)
+    restored = from_planes(to_planes(old, new), new)
     assert restored.tobytes() == old.tobytes()
     assert restored.dtype == old.dtype
 
