@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,12 +17,9 @@ from transformers import PreTrainedModel
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import Structure
 from llmsurgery.checkpoint import Checkpoint
-from llmsurgery.compute.device import resident_bytes
 from llmsurgery.compute.load import load_model
 from llmsurgery.compute.progress import Tick
 from llmsurgery.data.chat import Encoded
-
-T = TypeVar("T")
 
 SETTINGS: dict[str, dict[str, object]] = {
     # A token less likely than a guess is pushed on, as in the papers: the plain losses have no bound.
@@ -62,6 +59,8 @@ class Case:
     answer: int
 
 
+STEPS = 4
+"""Steps of a measurement; the first is not counted."""
 CASES = {"short": Case(2, 32, 32), "long": Case(2, 32, 96)}
 
 
@@ -110,13 +109,12 @@ class Loaded:
         model: The model.
         structure: Its roles.
         checkpoint: Its files.
-        resident: Bytes that the process holds with the model loaded and nothing else.
+        encoder: Stands for the tokenizer, of which losses need the id of padding alone.
     """
 
     model: PreTrainedModel
     structure: Structure
     checkpoint: Checkpoint
-    resident: int
     encoder: Any = field(default_factory=lambda: SimpleNamespace(pad_id=0))
 
 
@@ -125,12 +123,16 @@ def load(path: Path) -> Loaded:
     checkpoint = Checkpoint.open(path)
     structure = detect(checkpoint.config, checkpoint.tensors)
     model = load_model(path, torch.float32, torch.device("cpu"), buffers=structure.family.buffers)
-    return Loaded(model, structure, checkpoint, resident_bytes())
+    return Loaded(model, structure, checkpoint)
 
 
 def _peak_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _nothing() -> None:
+    """Wait for nobody."""
 
 
 @dataclass
@@ -140,17 +142,23 @@ class Clock:
     The peak is that of the steps alone: the kernel's high-water mark is set back in front of them.
 
     Attributes:
+        wait: Called between steps.
+        resident: Bytes that the process holds with the model and nothing else.
         stage: How many calls of `train` come before the measured one.
-        times: Wall time and CPU seconds at the start and after every step.
+        steps: Wall time and CPU seconds of each step.
+        once: CPU seconds in front of the steps.
         before: High-water mark in front of the steps.
         peak: High-water mark of the steps.
     """
 
+    wait: Callable[[], None] = _nothing
+    resident: int = 0
     stage: int = 0
-    times: list[tuple[float, float]] = field(default_factory=list)
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    once: float = 0.0
     before: int = 0
     peak: int = 0
-    origin: float = field(default_factory=time.process_time)
+    _last: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
 
     def notice(self, message: str) -> None:
         """Take no notice."""
@@ -165,35 +173,32 @@ class Clock:
         def tick(steps: int = 1, note: str = "") -> None:
             del steps, note
             if measured:
-                self.read()
+                self.steps.append(self._lap())
 
         if measured:
-            self.start()
+            self.before = _peak_bytes()
+            _, self.once = self._lap()
+            Path("/proc/self/clear_refs").write_text("5")
         yield tick
         if measured:
             self.peak = _peak_bytes()
 
-    def start(self) -> None:
-        """Begin to measure."""
-        self.before = _peak_bytes()
-        Path("/proc/self/clear_refs").write_text("5")
-        self.read()
+    def _lap(self) -> tuple[float, float]:
+        """Return the time since the last turn, and wait for the next one."""
+        wall, cpu = time.perf_counter() - self._last[0], time.process_time() - self._last[1]
+        self.wait()
+        self._last = (time.perf_counter(), time.process_time())
+        return wall, cpu
 
-    def read(self) -> None:
-        """Take the time."""
-        self.times.append((time.perf_counter(), time.process_time()))
-
-    def result(self, loaded: Loaded, first_loss: float) -> dict[str, float]:
-        """Return seconds per step without the first, peaks above the loaded model, and the first loss."""
-        steps = list(zip(self.times, self.times[1:], strict=False))[1:]
-        wall, cpu = (sorted(end[i] - start[i] for start, end in steps)[len(steps) // 2] for i in (0, 1))
+    def result(self, first_loss: float) -> dict[str, Any]:
+        """Return CPU and wall seconds of the steps but the first, peaks above the model, and the first loss."""
         return {
-            "seconds": wall,
-            "cpu_seconds": cpu,
-            "peak_bytes": float(self.peak - loaded.resident),
+            "seconds": [cpu for _, cpu in self.steps[1:]],
+            "wall_seconds": [wall for wall, _ in self.steps[1:]],
+            "peak_bytes": float(self.peak - self.resident),
             "first_loss": first_loss,
-            "once_cpu_seconds": self.times[0][1] - self.origin,
-            "once_peak_bytes": float(self.before - loaded.resident),
+            "once_seconds": self.once,
+            "once_peak_bytes": float(self.before - self.resident),
         }
 
 
