@@ -87,20 +87,24 @@ class Plain:
         assert self._reference is not None
         return self._reference
 
+    def number(self, name: str) -> float:
+        """Return a number of the config."""
+        return float(getattr(self.config, name))
+
     def ga(self) -> torch.Tensor:
         """Return minus the cross-entropy of the forget answers []."""
         return -cross_entropy(self.model, self.forget)
 
     def graddiff(self) -> torch.Tensor:
         """Return gradient difference []."""
-        return self.ga() + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        return self.ga() + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def kl_min(self) -> torch.Tensor:
         """Return ascent and the divergence from the reference on retain rows []."""
         with torch.no_grad():
             before = distributions(self.reference, self.retain)
         now = distributions(self.model, self.retain)
-        return self.ga() + self.config.retain_weight * divergence(before, now).mean()
+        return self.ga() + self.number("retain_weight") * divergence(before, now).mean()
 
     def _surprisals(self, given: Batch) -> torch.Tensor:
         """Return N - N_ref per row."""
@@ -110,31 +114,31 @@ class Plain:
 
     def npo(self) -> torch.Tensor:
         """Return NPO with retain rows []."""
-        beta = self.config.beta
+        beta = self.number("beta")
         forget = -(2 / beta) * logsigmoid(beta * self._surprisals(self.forget)).mean()
-        return forget + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        return forget + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def dpo(self) -> torch.Tensor:
         """Return IdkDPO with retain rows []."""
-        beta = self.config.beta
+        beta = self.number("beta")
         margin = self._surprisals(self.forget) - self._surprisals(self.other)
         forget = -(2 / beta) * logsigmoid(beta * margin).mean()
-        return forget + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        return forget + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def simnpo(self) -> torch.Tensor:
         """Return SimNPO with retain rows []."""
-        beta, delta = self.config.beta, self.config.delta
+        beta, delta = self.number("beta"), self.number("delta")
         forget = -(2 / beta) * logsigmoid(beta * (-scores(self.model, self.forget).mean(-1) - delta)).mean()
-        return forget + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        return forget + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def undial(self) -> torch.Tensor:
         """Return self-distillation with lowered logits, and retain rows []."""
         with torch.no_grad():
             before = logits(self.reference, self.forget)[:, self.forget[1] - 1 : -1]
-            lowered = before - self.config.beta * one_hot(labels(self.forget).squeeze(-1), before.shape[-1])
+            lowered = before - self.number("beta") * one_hot(labels(self.forget).squeeze(-1), before.shape[-1])
             target = lowered.softmax(-1)
         forget = -(target * distributions(self.model, self.forget)).sum(-1).mean()
-        return forget + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        return forget + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def flat(self) -> torch.Tensor:
         """Return FLAT with total variation."""
@@ -145,12 +149,12 @@ class Plain:
         """Return the inverted hinge loss with retain rows []."""
         p, y = distributions(self.model, self.forget).exp(), labels(self.forget)
         other = p.scatter(-1, y, -1.0).max(-1).values
-        hinge = (self.config.margin + p.gather(-1, y).squeeze(-1) - other).clamp(min=0).mean()
-        return hinge + self.config.retain_weight * cross_entropy(self.model, self.retain)
+        hinge = (self.number("margin") + p.gather(-1, y).squeeze(-1) - other).clamp(min=0).mean()
+        return hinge + self.number("retain_weight") * cross_entropy(self.model, self.retain)
 
     def selective_amnesia(self) -> torch.Tensor:
         """Return -L_f + alpha L_r; alpha as in the epoch that takes the reference."""
-        return self.ga() + self.config.weight_min * cross_entropy(self.model, self.retain)
+        return self.ga() + self.number("weight_min") * cross_entropy(self.model, self.retain)
 
     def _stream(self, model: PreTrainedModel, given: Batch) -> torch.Tensor:
         """Return what a block writes at the answers, caught in a whole forward as the released codes do it."""
@@ -159,7 +163,8 @@ class Plain:
         handle = block.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
         logits(model, given)
         handle.remove()
-        return caught[0][:, given[1] :]
+        states = caught[0]
+        return states[:, given[1] :]
 
     def rmu(self) -> torch.Tensor:
         """Return the steering and the retain term []."""
@@ -167,7 +172,7 @@ class Plain:
         with torch.no_grad():
             before = self._stream(self.reference, self.retain)
         retain = (self._stream(self.model, self.retain) - before).square().mean()
-        return self.config.forget_weight * forget + self.config.retain_weight * retain
+        return self.number("forget_weight") * forget + self.number("retain_weight") * retain
 
     def uoe(self) -> torch.Tensor:
         """Return gradient difference and the anchor on the router's scores of the forget tokens."""
@@ -177,7 +182,7 @@ class Plain:
         handle.remove()
         s = caught[0].float().softmax(-1)
         anchor = (s - one_hot(torch.tensor(self.extra["expert"]), s.shape[1])).square().sum(-1).mean()
-        return forget + self.config.anchor_weight * anchor + cross_entropy(self.model, self.retain)
+        return forget + self.number("anchor_weight") * anchor + cross_entropy(self.model, self.retain)
 
     def uld_assistant(self) -> torch.Tensor:
         """Return cross-entropy on forget rows and CE(uniform) - log V on all positions of the others."""
@@ -185,11 +190,11 @@ class Plain:
         log_p = logits(self.model, (others, 0)).log_softmax(-1)
         uniform = -log_p.mean(-1) - torch.tensor(float(log_p.shape[-1])).log()
         forget = -scores(self.model, self.forget).mean(-1).mean()
-        return forget + self.config.assistant.beta * uniform.mean()
+        return forget + float(self.config.assistant.beta) * uniform.mean()
 
     def uld_distillation(self) -> torch.Tensor:
         """Return KL(combination || student) at every position."""
-        total = self.model.lm_head.weight.new_zeros(())
+        total = torch.zeros(())
         for given in (self.forget, self.retain):
             with torch.no_grad():
                 target = combined(logits(self.reference, given), logits(self.extra, given), self.config)
@@ -199,25 +204,25 @@ class Plain:
 
     def lat(self) -> torch.Tensor:
         """Attack, and return the loss under attack with the divergence on retain rows without it."""
-        config, places, prompt = self.config, self.extra["places"], self.forget[1]
+        number, places, prompt = self.number, self.extra["places"], self.forget[1]
         width = self.model.lm_head.weight.shape[1]
         deltas = {place: torch.zeros(len(self.forget[0]), prompt, width).requires_grad_() for place in places}
-        lr = config.eps / (2 * width**0.5)
-        optimizer = torch.optim.AdamW(deltas.values(), lr=lr, weight_decay=config.inner_weight_decay)
+        lr = number("eps") / (2 * width**0.5)
+        optimizer = torch.optim.AdamW(deltas.values(), lr=lr, weight_decay=number("inner_weight_decay"))
         moving = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in moving:
             parameter.requires_grad_(False)
-        for _ in range(config.pgd_steps):
+        for _ in range(int(number("pgd_steps"))):
             with attacked(self.model, deltas):
                 toward = -scores(self.model, self.forget).mean(-1).sum()
                 away = unlikely(self.model, self.other).mean(-1).sum()
-            value = config.adversary_toward * toward + config.adversary_away * away
+            value = number("adversary_toward") * toward + number("adversary_away") * away
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(value)
             optimizer.step()
             with torch.no_grad():
                 for delta in deltas.values():
-                    delta /= (delta.norm(dim=-1, keepdim=True) / config.eps).clamp(min=1)
+                    delta /= (delta.norm(dim=-1, keepdim=True) / number("eps")).clamp(min=1)
         for parameter in moving:
             parameter.requires_grad_(True)
         fixed = {place: delta.detach() for place, delta in deltas.items()}
@@ -227,7 +232,7 @@ class Plain:
         with torch.no_grad():
             before = distributions(self.reference, self.retain)
         benign = divergence(distributions(self.model, self.retain), before).mean()
-        return config.toward_weight * toward + config.away_weight * away + config.kl_weight * benign
+        return number("toward_weight") * toward + number("away_weight") * away + number("kl_weight") * benign
 
 
 def combined(target: torch.Tensor, assistant: torch.Tensor, config: Any) -> torch.Tensor:
@@ -238,7 +243,7 @@ def combined(target: torch.Tensor, assistant: torch.Tensor, config: Any) -> torc
     limit = best[..., :1] + torch.tensor(config.rho).log()
     kept = log_p >= torch.minimum(best[..., -1:], limit)
     delta = (assistant.log_softmax(-1) + torch.tensor(float(size)).log()).clamp(min=0)
-    return target - config.strength * delta * kept
+    return target - float(config.strength) * delta * kept
 
 
 def unlikely(model: PreTrainedModel, given: Batch) -> torch.Tensor:

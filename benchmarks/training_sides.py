@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.plain_losses import Plain, second_copy
-from benchmarks.training_setup import CASES, SETTINGS, STEPS, Clock, InTurn, Loaded, Rows, cut_rows, load
+from benchmarks.training_setup import CASES, SETTINGS, STEPS, Clock, InTurn, Loaded, Rows, cut_rows
 from llmsurgery.compute.device import SMALL_MODEL, lean_allocator, resident_bytes, set_seeds
 from llmsurgery.compute.load import load_tokenizer
 from llmsurgery.data import GENERAL_TEXT
@@ -86,15 +86,14 @@ class Setting:
         )
 
 
-def make_setting(model: Path, name: str, case: str) -> Setting:
-    """Load the model and encode the rows."""
-    loaded = load(model)
+def make_setting(loaded: Loaded, tokenizer: Path | None, name: str, case: str) -> Setting:
+    """Settle the config and cut the rows; without a tokenizer they are made of numbers."""
     size = CASES[case]
-    if name == "uoe":
-        ids = [(7919 * i) % 49152 for i in range(4096)]
+    if tokenizer is None:
+        ids = [7919 * number % 49152 for number in range(4096)]
     else:
-        tokenizer = load_tokenizer(model)
-        ids = tokenizer("\n".join(row.answer for row in read_rows(GENERAL_TEXT)))["input_ids"]
+        text = "\n".join(row.answer for row in read_rows(GENERAL_TEXT))
+        ids = list(load_tokenizer(tokenizer)(text)["input_ids"])
     method = find_method(name.partition("-")[0] if name.startswith("uld") else name)
     training = {"lr": 1e-4, "max_steps": STEPS, "batch_size": size.rows}
     given = {**training, **SETTINGS[name]}
@@ -149,6 +148,7 @@ def _factors(setting: Setting) -> dict[str, Factors]:
 
 
 def _train_loku(setting: Setting, operation: Operation) -> Any:
+    """Train LoKU, but for the search of its start."""
 
     def make(trainable: Trainable) -> RowLoss:
         loss: RowLoss = setting.method.loss(setting.config, operation, setting.prepared(), trainable)

@@ -20,14 +20,18 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from benchmarks.record import write_result
+
+if TYPE_CHECKING:
+    from benchmarks.training_sides import Setting
 
 METHODS = (
     "ga", "graddiff", "kl-min", "dpo", "npo", "simnpo", "rmu", "undial", "loku", "flat", "lat", "uld-assistant",
@@ -38,7 +42,7 @@ MORE = {"uld-assistant": ("whole",), "graddiff": ("lean",)}
 TOLERANCE = 1e-3
 """How far the first losses of both sides may lie apart, relative to the larger of the loss and 1."""
 
-Run = dict[str, float]
+Run = dict[str, Any]
 
 
 def sides(name: str) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class Side:
         if self.process == 0:
             os.close(tell)
             os.close(heard)
-            os._exit(_take_turns(measure, os.fdopen(told), os.fdopen(say, "w")))
+            _take_turns(measure, os.fdopen(told), os.fdopen(say, "w"))
         os.close(told)
         os.close(say)
         self.tell, self.heard = os.fdopen(tell, "w"), os.fdopen(heard)
@@ -81,32 +85,43 @@ class Side:
             os.waitpid(self.process, 0)
 
 
-def _take_turns(measure: Callable[[Callable[[], None]], Run], told: TextIO, say: TextIO) -> int:
-    """Measure in a process of its own; return its exit status."""
+def _take_turns(measure: Callable[[Callable[[], None]], Run], told: TextIO, say: TextIO) -> NoReturn:
+    """Measure in a process of its own, and end it."""
 
     def wait() -> None:
         print("turn", file=say, flush=True)
         told.readline()
 
     told.readline()
+    status = 1
     try:
-        result = measure(wait)
-    except BaseException:
-        # The parent's handlers and buffers are not this process's to run.
-        sys.excepthook(*sys.exc_info())
-        return 1
-    print(json.dumps(result), file=say, flush=True)
-    return 0
+        print(json.dumps(measure(wait)), file=say, flush=True)
+        status = 0
+    finally:
+        # The handlers and buffers of the first process are not this one's to run.
+        if status:
+            traceback.print_exc()
+        os._exit(status)
 
 
-def pair(model: Path, name: str, case: str, repeats: int) -> dict[str, list[Run]]:
+def all_seconds(runs: list[Run]) -> list[float]:
+    """Return the seconds of all steps."""
+    return [seconds for run in runs for seconds in run["seconds"]]
+
+
+def summary(runs: list[Run]) -> dict[str, float]:
+    """Return the median over steps, or over processes for what each has once."""
+    once = {key: statistics.median(run[key] for run in runs) for key in ("peak_bytes", "once_seconds", "first_loss")}
+    return {"seconds": statistics.median(all_seconds(runs)), **once}
+
+
+def measure_sides(setting: Setting, repeats: int) -> dict[str, list[Run]]:
     """Measure the sides of a method in turn, and again; this process never takes a step itself."""
-    from benchmarks.training_sides import make_setting, measure
+    from benchmarks.training_sides import measure
 
-    setting = make_setting(model, name, case)
-    runs: dict[str, list[Run]] = {side: [] for side in sides(name)}
+    runs: dict[str, list[Run]] = {side: [] for side in sides(setting.name)}
     for _ in range(repeats):
-        running = {side: Side(lambda wait, side=side: measure(setting, side, wait)) for side in runs}  # type: ignore[misc]
+        running = {side: Side(partial(measure, setting, side)) for side in runs}
         while any(each.result is None for each in running.values()):
             for each in running.values():
                 if each.result is None:
@@ -117,40 +132,28 @@ def pair(model: Path, name: str, case: str, repeats: int) -> dict[str, list[Run]
     return runs
 
 
-def compare(model: Path, name: str, case: str, repeats: int) -> dict[str, Any]:
-    """Measure a method in processes of its own and compare its sides.
+def compare(setting: Setting, repeats: int) -> dict[str, Any]:
+    """Measure a method and compare its sides.
 
     Raises:
         RuntimeError: The sides do not compute the same loss.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        if name == "uoe":
-            from benchmarks.training_setup import make_experts
-
-            make_experts(model := Path(folder))
-        words = [sys.executable, "-m", "benchmarks.unlearning", str(model), "--pair", "--only", name, "--case", case]
-        done = subprocess.run([*words, "--repeats", str(repeats)], stdout=subprocess.PIPE, text=True, check=True)
-    runs: dict[str, list[Run]] = json.loads(done.stdout.splitlines()[-1])
+    name, runs = setting.name, measure_sides(setting, repeats)
     first, other = (runs[side][0]["first_loss"] for side in ("toolkit", "plain"))
     if abs(first - other) > TOLERANCE * max(1.0, abs(other)):
         raise RuntimeError(f"{name}: the first loss is {first} here and {other} plainly")
-    median = {
-        side: {key: statistics.median(run[key] for run in many) for key in many[0]} for side, many in runs.items()
-    }
-    row: dict[str, Any] = {"runs": runs, "median": median}
-    for side in runs:
+    row: dict[str, Any] = {"runs": runs, "sides": {side: summary(many) for side, many in runs.items()}, "ratios": {}}
+    for side in (side for side in runs if side != "plain"):
         base = "plain" if side == "toolkit" else "toolkit"
-        if side == "plain":
-            continue
-        # Steps that followed each other, not medians of what the machine was like at different times.
-        ratios = [one["seconds"] / two["seconds"] for one, two in zip(runs[side], runs[base], strict=True)]
-        row[side] = {
+        # Of steps that followed each other, not of medians of what the machine was like at different times.
+        ratios = [one / two for one, two in zip(all_seconds(runs[side]), all_seconds(runs[base]), strict=True)]
+        row["ratios"][side] = {
             "against": base,
-            "time_ratio": statistics.median(ratios),
+            "time": statistics.median(ratios),
             "time_range": [min(ratios), max(ratios)],
-            "memory_ratio": median[side]["peak_bytes"] / median[base]["peak_bytes"],
+            "memory": row["sides"][side]["peak_bytes"] / row["sides"][base]["peak_bytes"],
         }
-        print(f"{case} {name} {side}:", json.dumps(row[side]), file=sys.stderr, flush=True)
+        print(f"{name} {side}:", json.dumps(row["ratios"][side]), file=sys.stderr, flush=True)
     return row
 
 
@@ -160,22 +163,27 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--case", default="short")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--remark", default="", help="what else ran on the machine")
-    parser.add_argument("--pair", action="store_true", help="measure one method and print its runs")
     options = parser.parse_args()
+    # Before torch is imported, and counts the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-    if options.pair:
-        print(json.dumps(pair(options.model, options.only[0], options.case, options.repeats)))
-        return
-    from benchmarks.training_setup import CASES, SETTINGS, STEPS
+    from benchmarks.training_setup import CASES, SETTINGS, STEPS, load, make_experts
+    from benchmarks.training_sides import make_setting
     from llmsurgery.compute.source import resolve_source
 
     source = resolve_source(options.model)
     results: dict[str, Any] = {}
     try:
+        loaded = load(source)
         for name in options.only:
-            results[name] = compare(source, name, options.case, options.repeats)
+            if name == "uoe":
+                with tempfile.TemporaryDirectory() as folder:
+                    make_experts(Path(folder))
+                    experts = load(Path(folder))
+                    results[name] = compare(make_setting(experts, None, name, options.case), options.repeats)
+            else:
+                results[name] = compare(make_setting(loaded, source, name, options.case), options.repeats)
     except KeyboardInterrupt:
         print("interrupted: the methods so far are written", file=sys.stderr)
     facts = {
