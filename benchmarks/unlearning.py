@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -115,30 +117,24 @@ def summary(runs: list[Run]) -> dict[str, float]:
     return {"seconds": statistics.median(all_seconds(runs)), **once}
 
 
-def measure_sides(setting: Setting, repeats: int) -> dict[str, list[Run]]:
-    """Measure the sides of a method in turn, and again; this process never takes a step itself."""
+def measure_sides(setting: Setting) -> dict[str, Run]:
+    """Measure the sides of a method in turn; this process never takes a step itself."""
     from benchmarks.training_sides import measure
 
-    runs: dict[str, list[Run]] = {side: [] for side in sides(setting.name)}
-    for _ in range(repeats):
-        running = {side: Side(partial(measure, setting, side)) for side in runs}
-        while any(each.result is None for each in running.values()):
-            for each in running.values():
-                if each.result is None:
-                    each.go_on()
-        for side, each in running.items():
-            assert each.result is not None
-            runs[side].append(each.result)
-    return runs
+    running = {side: Side(partial(measure, setting, side)) for side in sides(setting.name)}
+    while any(each.result is None for each in running.values()):
+        for each in running.values():
+            if each.result is None:
+                each.go_on()
+    return {side: each.result for side, each in running.items() if each.result is not None}
 
 
-def compare(setting: Setting, repeats: int) -> dict[str, Any]:
-    """Measure a method and compare its sides.
+def compare(name: str, runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """Compare the sides of a method.
 
     Raises:
         RuntimeError: The sides do not compute the same loss.
     """
-    name, runs = setting.name, measure_sides(setting, repeats)
     first, other = (runs[side][0]["first_loss"] for side in ("toolkit", "plain"))
     if abs(first - other) > TOLERANCE * max(1.0, abs(other)):
         raise RuntimeError(f"{name}: the first loss is {first} here and {other} plainly")
@@ -157,6 +153,19 @@ def compare(setting: Setting, repeats: int) -> dict[str, Any]:
     return row
 
 
+def make_settings(model: Path, folder: Path, names: list[str], case: str) -> list[Setting]:
+    """Load what the methods run on."""
+    from benchmarks.training_setup import load, make_experts
+    from benchmarks.training_sides import make_setting
+
+    loaded = load(model)
+    settings = [make_setting(loaded, model, name, case) for name in names if name != "uoe"]
+    if "uoe" in names:
+        make_experts(folder)
+        settings.append(make_setting(load(folder), None, "uoe", case))
+    return settings
+
+
 def main() -> None:
     """Measure every method and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,28 +173,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--case", default="short")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so long")
     parser.add_argument("--remark", default="", help="what else ran on the machine")
     options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
     # Before torch is imported, and counts the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-    from benchmarks.training_setup import CASES, SETTINGS, STEPS, load, make_experts
-    from benchmarks.training_sides import make_setting
+    from benchmarks.training_setup import CASES, SETTINGS, STEPS
     from llmsurgery.compute.source import resolve_source
 
-    source = resolve_source(options.model)
+    runs: dict[str, dict[str, list[Run]]] = {}
     results: dict[str, Any] = {}
-    try:
-        loaded = load(source)
-        for name in options.only:
-            if name == "uoe":
-                with tempfile.TemporaryDirectory() as folder:
-                    make_experts(Path(folder))
-                    experts = load(Path(folder))
-                    results[name] = compare(make_setting(experts, None, name, options.case), options.repeats)
-            else:
-                results[name] = compare(make_setting(loaded, source, name, options.case), options.repeats)
-    except KeyboardInterrupt:
-        print("interrupted: the methods so far are written", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = make_settings(resolve_source(options.model), Path(folder), options.only, options.case)
+        # Every method once, then again: a run that is cut short has all of them.
+        for setting in [*settings] * options.repeats:
+            if time.monotonic() < end:
+                for side, run in measure_sides(setting).items():
+                    runs.setdefault(setting.name, {}).setdefault(side, []).append(run)
+                results[setting.name] = compare(setting.name, runs[setting.name])
     facts = {
         "model": options.model.name,
         "dtype": "float32",
