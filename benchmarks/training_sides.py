@@ -90,7 +90,7 @@ def make_setting(loaded: Loaded, tokenizer: Path | None, name: str, case: str) -
     """Settle the config and cut the rows; without a tokenizer they are made of numbers."""
     size = CASES[case]
     if tokenizer is None:
-        ids = [7919 * number % 49152 for number in range(4096)]
+        ids = [7919 * number % loaded.model.config.vocab_size for number in range(4096)]
     else:
         text = "\n".join(row.answer for row in read_rows(GENERAL_TEXT))
         ids = list(load_tokenizer(tokenizer)(text)["input_ids"])
@@ -200,7 +200,7 @@ def _plain_assistant(setting: Setting) -> Any:
     model = copy.deepcopy(loaded.model)
     loaded.model.model.layers = blocks
     model.config.num_hidden_layers = layers
-    training = assistant_training(config.assistant, config.training, len(setting.rows.forget), 576)
+    training = assistant_training(config.assistant, config.training, len(setting.rows.forget), model.config.hidden_size)
     return model, assistant_targets(loaded.structure, layers), training
 
 
