@@ -163,12 +163,12 @@ class Plain:
         handle = block.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
         logits(model, given)
         handle.remove()
-        states = caught[0]
-        return states[:, given[1] :]
+        return caught[0][:, given[1] :]
 
     def rmu(self) -> torch.Tensor:
         """Return the steering and the retain term []."""
-        forget = (self._stream(self.model, self.forget) - self.extra["target"]).square().mean()
+        target: torch.Tensor = self.extra["target"]
+        forget = (self._stream(self.model, self.forget) - target).square().mean()
         with torch.no_grad():
             before = self._stream(self.reference, self.retain)
         retain = (self._stream(self.model, self.retain) - before).square().mean()

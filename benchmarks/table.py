@@ -82,7 +82,7 @@ def flat_step(result: dict[str, Any]) -> str:
 def unlearning(newest_result: dict[str, Any]) -> str:
     """Return the section on the training step of every method."""
     # The newest run of each method: they may have been run apart.
-    methods: dict[str, Any] = {}
+    methods: dict[tuple[str, str], Any] = {}
     for file in sorted(RESULTS.glob("unlearning-2*.json")):
         result = json.loads(file.read_text())
         methods |= {(result["case"]["name"], name): (row, result["case"]) for name, row in result["results"].items()}
@@ -110,7 +110,7 @@ def unlearning(newest_result: dict[str, Any]) -> str:
         for (_, name), (row, _) in sorted(methods.items())
         if row["ratios"]["toolkit"]["time"] > 1.05 or row["ratios"]["toolkit"]["memory"] >= 1
     ]
-    lost = f"More than 1.05x the time, or more memory: {', '.join(rival)}." if rival else "None loses."
+    lost = f"More than 1.05x the time, or more memory: {', '.join(rival)}." if rival else "None of these loses."
     text = (
         "One optimizer step of the toolkit's own code / of the same loss written plainly: a second copy of the model\n"
         "as the reference, all logits and their log-softmax, the same adapters, rows and optimizer, fp32, one thread.\n"
@@ -120,7 +120,8 @@ def unlearning(newest_result: dict[str, Any]) -> str:
         "code; the paper says that its training is more than three times cheaper. `lean` is the toolkit's step with\n"
         "the allocator's setting that runs of trained methods have, against the one without; all other rows are\n"
         "without. `loku` starts from random factors: the search for FILA's is no part of a step. `uoe` runs on a\n"
-        "mixture of experts with random weights. `neuron-adjust` and `key-space` do not train.\n"
+        "mixture of experts with random weights. `neuron-adjust` and `key-space` do not train; methods that are\n"
+        "missing here are not measured yet.\n"
         f"Measured at priority {newest_result['nice']}; {newest_result['remark'] or 'the machine was idle'}.\n"
     )
     header = ["step", "time", "ratio", "memory", "once"]
