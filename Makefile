@@ -40,6 +40,7 @@ test-real: $(READY) .real/model.gguf
 benchmarks: $(READY) .real/model.gguf
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.flat_step .real/model.gguf
+	$(BIN)/python -m benchmarks.unlearning .real/model.gguf
 	$(BIN)/python -m benchmarks.guard_demo
 	$(BIN)/python -m benchmarks.compare demo $(METHODS)
 	$(BIN)/python -m benchmarks.table

@@ -7,9 +7,9 @@ to be protected costs a few megabytes, and no second model or second forward is 
 from __future__ import annotations
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from llmsurgery.compute.head import Head, chunk_rows
+from llmsurgery.compute.head import Head
+from llmsurgery.compute.positions import per_position
 
 
 def divergence(
@@ -25,7 +25,7 @@ def divergence(
         reverse: Return KL(model || reference) instead.
 
     Returns:
-        One value per position [positions], fp32, in nats. The backward recomputes the logits chunk by chunk.
+        One value per position [positions], fp32, in nats.
     """
 
     def chunk(current: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -35,9 +35,7 @@ def divergence(
             log_p, log_q = log_q, log_p
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    rows = chunk_rows(head.weight.shape[0])
-    pairs = zip(torch.split(hidden, rows), torch.split(reference, rows), strict=True)
-    return torch.cat([checkpoint(chunk, current, kept, use_reentrant=False) for current, kept in pairs])
+    return per_position(chunk, head, hidden, reference)
 
 
 def lowered_cross_entropy(
@@ -59,7 +57,7 @@ def lowered_cross_entropy(
         beta: What is taken off the label's logit.
 
     Returns:
-        -sum_v q(v) log p(v) per position [positions], fp32, in nats. The backward recomputes the logits chunk by chunk.
+        -sum_v q(v) log p(v) per position [positions], fp32, in nats.
     """
 
     def chunk(current: torch.Tensor, kept: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -67,6 +65,4 @@ def lowered_cross_entropy(
         lowered = lowered.scatter_add(1, wanted[:, None], lowered.new_full((len(wanted), 1), -beta))
         return -(lowered.softmax(-1) * head.to(current.dtype).logits(current).float().log_softmax(-1)).sum(-1)
 
-    rows = chunk_rows(head.weight.shape[0])
-    parts = zip(torch.split(hidden, rows), torch.split(reference, rows), torch.split(labels, rows), strict=True)
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    return per_position(chunk, head, hidden, reference, labels)

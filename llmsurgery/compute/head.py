@@ -2,7 +2,7 @@
 
 The language-model head is by far the widest layer: its logits for a batch often need more memory than everything else
 in a training step. Scores and losses here need only two numbers per labelled position, the label's logit and the
-log-sum-exp, so the head runs on labelled positions alone, in chunks, and the backward recomputes each chunk.
+log-sum-exp, so the head runs on labelled positions alone, in chunks that are never kept.
 """
 
 from __future__ import annotations
@@ -118,7 +118,11 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _LabelLogProbabilities(torch.autograd.Function):
-    """log softmax(logits)[label] per position; the backward recomputes the chunks of logits."""
+    """log softmax(logits)[label] per position, without its logits.
+
+    Where the head stands still, the forward leaves the slope of every value in its own hidden state. Where the head
+    moves, the backward computes the chunks of logits again.
+    """
 
     @staticmethod
     def forward(
@@ -133,17 +137,29 @@ class _LabelLogProbabilities(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0])
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(result)
+        needs_hidden, *needs_head = context.needs_input_grad[:3]
+        slopes = torch.empty_like(hidden) if needs_hidden and not any(needs_head) else None
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
             logits = head.logits(hidden[part]).float()
             log_sums[part] = torch.logsumexp(logits, dim=-1)
             result[part] = logits.gather(1, labels[part, None]).squeeze(1) - log_sums[part]
-        context.save_for_backward(hidden, weight, bias, labels, log_sums)
+            if slopes is not None:
+                slope = _logit_slopes(logits, log_sums[part], labels[part], softcap)
+                slopes[part] = slope.to(hidden.dtype) @ weight.to(hidden.dtype)
+        context.frozen = slopes is not None
         context.softcap = softcap
+        if slopes is not None:
+            context.save_for_backward(slopes)
+        else:
+            context.save_for_backward(hidden, weight, bias, labels, log_sums)
         return result
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if context.frozen:
+            (slopes,) = context.saved_tensors
+            return (gradient[:, None] * slopes).to(slopes.dtype), None, None, None, None
         hidden, weight, bias, labels, log_sums = context.saved_tensors
         head = Head(weight, bias, context.softcap)
         needs_hidden, needs_weight, needs_bias, *_ = context.needs_input_grad
@@ -153,15 +169,8 @@ class _LabelLogProbabilities(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            logits = head.logits(hidden[part]).float()
-            # d (c tanh(x / c)) / d x = 1 - (y / c)^2 for the capped logit y.
-            cap_slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
-            # d logp / d logits = onehot(label) - softmax, scaled by the incoming gradient.
-            logits.sub_(log_sums[part, None]).exp_().neg_()
-            logits.scatter_add_(1, labels[part, None], torch.ones_like(logits[:, :1]))
+            logits = _logit_slopes(head.logits(hidden[part]).float(), log_sums[part], labels[part], head.softcap)
             logits.mul_(gradient[part, None])
-            if cap_slope is not None:
-                logits.mul_(cap_slope)
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0)
             slope = logits.to(hidden.dtype)
@@ -176,6 +185,18 @@ class _LabelLogProbabilities(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _logit_slopes(
+    logits: torch.Tensor, log_sums: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Turn logits [positions, vocabulary], in place, into d log p(label) / d logits before their cap."""
+    # d (c tanh(x / c)) / d x = 1 - (y / c)^2 for the capped logit y.
+    cap_slope = None if softcap is None else 1 - (logits / softcap).square()
+    # d logp / d logits = onehot(label) - softmax.
+    logits.sub_(log_sums[:, None]).exp_().neg_()
+    logits.scatter_add_(1, labels[:, None], torch.ones_like(logits[:, :1]))
+    return logits if cap_slope is None else logits.mul_(cap_slope)
 
 
 def label_log_probabilities(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:

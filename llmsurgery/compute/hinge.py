@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from llmsurgery.compute.head import Head, chunk_rows
+from llmsurgery.compute.head import Head
+from llmsurgery.compute.positions import per_position
 
 
 def inverted_hinge(hidden: torch.Tensor, head: Head, labels: torch.Tensor, margin: float = 1.0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def inverted_hinge(hidden: torch.Tensor, head: Head, labels: torch.Tensor, margi
 
     Returns:
         One loss per position [positions], fp32. Of the vocabulary only the label's logit, the best other one and the
-        log-sum-exp are needed; the backward recomputes the logits chunk by chunk.
+        log-sum-exp are needed.
     """
 
     def chunk(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -29,6 +29,4 @@ def inverted_hinge(hidden: torch.Tensor, head: Head, labels: torch.Tensor, margi
         other = logits.scatter(1, wanted[:, None], -torch.inf).max(-1).values
         return (margin + (own - log_sums).exp() - (other - log_sums).exp()).clamp(min=0)
 
-    rows = chunk_rows(head.weight.shape[0])
-    pairs = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
-    return torch.cat([checkpoint(chunk, current, wanted, use_reentrant=False) for current, wanted in pairs])
+    return per_position(chunk, head, hidden, labels)

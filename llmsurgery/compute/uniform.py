@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from llmsurgery.compute.head import Head, chunk_rows
+from llmsurgery.compute.head import Head
+from llmsurgery.compute.positions import per_position
 
 
 def uniform_divergence(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -20,7 +20,7 @@ def uniform_divergence(hidden: torch.Tensor, head: Head) -> torch.Tensor:
         head: The language-model head.
 
     Returns:
-        One value per position [positions], fp32, in nats. The backward recomputes the logits chunk by chunk.
+        One value per position [positions], fp32, in nats.
     """
     size = head.weight.shape[0]
     head = head.to(hidden.dtype)
@@ -29,8 +29,7 @@ def uniform_divergence(hidden: torch.Tensor, head: Head) -> torch.Tensor:
         logits = head.logits(states).float()
         return torch.logsumexp(logits, dim=-1) - logits.mean(-1) - math.log(size)
 
-    parts = torch.split(hidden, chunk_rows(size))
-    return torch.cat([checkpoint(chunk, part, use_reentrant=False) for part in parts])
+    return per_position(chunk, head, hidden)
 
 
 def missing_entropy(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -40,5 +39,4 @@ def missing_entropy(hidden: torch.Tensor, head: Head) -> torch.Tensor:
         log_p = head.to(states.dtype).logits(states).float().log_softmax(-1)
         return (log_p.exp() * log_p).sum(-1) + math.log(log_p.shape[-1])
 
-    parts = torch.split(hidden, chunk_rows(head.weight.shape[0]))
-    return torch.cat([checkpoint(chunk, part, use_reentrant=False) for part in parts])
+    return per_position(chunk, head, hidden)
