@@ -253,8 +253,30 @@ def comparison(result: dict[str, Any]) -> str:
         + ("" if demo else "; `unseen kept` is of rows that none was given")
         + ".\n"
     )
+    if hidden := result.get("not_in_labels"):
+        text += f"All recipes that have the setting: {', '.join(f'`{part}`' for part in hidden)}.\n"
+    if remark := result.get("remark"):
+        text += f"{remark}\n"
     title = "Methods side by side, attacked," if attacked else "Methods side by side"
     return f"## {title} {where}\n\n{text}\n" + comparison_markdown(result)
+
+
+def reload(result: dict[str, Any]) -> str:
+    """Return the section on results loaded by stock transformers."""
+    lines = []
+    for kind in ("methods", "results"):
+        for name, row in result[kind].items():
+            same = "equal" if not row["different_positions"] else f"{row['different_positions']} positions differ"
+            where = "demo" if kind == "methods" else "SmolLM2"
+            cells = [f"{row['tensors']}", row["dtype"], f"{row['logits']:,}", same, "yes" if row["moved"] else "NO"]
+            lines.append([f"`{name}`", where, *cells])
+    text = (
+        "Every plain result, loaded by `AutoModelForCausalLM.from_pretrained` in a fresh process that imports nothing\n"
+        "of llmsurgery, against the source's tensors with the edits of a second run (`--save patch`, the same seed)\n"
+        "added in memory: logits on fixed prompts, bit for bit. `moved`: they differ from the source's.\n"
+    )
+    header = ["result", "model", "edited tensors", "dtype", "logits compared", "bits", "moved"]
+    return "## Reloaded by stock transformers\n\n" + text + "\n" + rows(header, lines)
 
 
 def byte_layer(result: dict[str, Any]) -> str:
@@ -355,6 +377,7 @@ SECTIONS = {
     "compare_demo_attacks": comparison,
     "compare_smollm2": comparison,
     "compare_smollm2_attacks": comparison,
+    "reload": reload,
     "byte_layer": byte_layer,
     "covariance": covariance,
 }

@@ -81,7 +81,7 @@ def apply_patch(
     sinks = [patching(publication), *([observe] if observe is not None else [])]
     changes = []
     for tensor in patch.tensors.values():
-        rows = _PatchedRows(patch, tensor, base)
+        rows = PatchedRows(patch, tensor, base)
         change = change_tensor(base, tensor.name, role_of(tensor.name), rows.compute, sinks)
         rows.finish()
         if change.sha256_after != tensor.after:
@@ -105,7 +105,7 @@ def apply_patch(
     return changes
 
 
-class _PatchedRows:
+class PatchedRows:
     """Computes the new rows of one tensor, block by block from the first to the last."""
 
     def __init__(self, patch: Patch, tensor: TensorPatch, base: Checkpoint) -> None:
