@@ -303,8 +303,57 @@ def comparison(result: dict[str, Any]) -> str:
         + ("" if demo else "; `unseen kept` is of rows that none was given")
         + ".\n"
     )
+    if hidden := result.get("not_in_labels"):
+        text += f"All recipes that have the setting: {', '.join(f'`{part}`' for part in hidden)}.\n"
+    if remark := result.get("remark"):
+        text += f"{remark}\n"
     title = "Methods side by side, attacked," if attacked else "Methods side by side"
     return f"## {title} {where}\n\n{text}\n" + comparison_markdown(result)
+
+
+def attacks(result: dict[str, Any]) -> str:
+    """Return the section on attacked results, their control being rows that the source does not know."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    lines, budgets = [], {}
+    for name, found in result["results"].items():
+        for attack, one in found.items():
+            rows_known = one.get("control_rows") or {}
+            control = f"{number(rows_known.get('before'))} to {number(rows_known.get('after'))}" if rows_known else ""
+            scores = [number(one[key]) for key in ("source", "before", "after")]
+            rest = [number(one.get(key)) for key in ("recovery", "control_gain", "excess")]
+            lines.append([f"`{name}`", attack, *scores, control, *rest, one["verdict"], one["reason"]])
+            chosen = {**one["settings"], **{key: value for key, value in one["budget"].items() if key == "steps"}}
+            kept = ("score", "trainers", "modes", "sizes", "folds", "epochs", "rank", "alpha", "lr", "steps", "bits")
+            budgets[attack] = ", ".join(f"{key} {chosen[key]}" for key in kept if key in chosen)
+    said = "; ".join(f"{attack}: {budget}" for attack, budget in budgets.items())
+    text = (
+        "Score of the forget rows on the source, on the result, and after the attack's best point; of the control\n"
+        "rows (true answers that the source does not know) before and after the same attack; what came back, what\n"
+        f"the control rows gained in the same unit, and the difference. Budget: {said}.\n"
+    )
+    header = ["result", "attack", "source", "before", "after", "control rows", "recovery", "control gain", "excess"]
+    return f"## Attacks on {result['model']}\n\n" + text + "\n" + rows([*header, "verdict", "reason"], lines)
+
+
+def reload(result: dict[str, Any]) -> str:
+    """Return the section on results loaded by stock transformers."""
+    lines = []
+    for kind in ("methods", "results"):
+        for name, row in result[kind].items():
+            same = "equal" if not row["different_positions"] else f"{row['different_positions']} positions differ"
+            where = "demo" if kind == "methods" else "SmolLM2"
+            cells = [f"{row['tensors']}", row["dtype"], f"{row['logits']:,}", same, "yes" if row["moved"] else "NO"]
+            lines.append([f"`{name}`", where, *cells])
+    text = (
+        "Every plain result, loaded by `AutoModelForCausalLM.from_pretrained` in a fresh process that imports nothing\n"
+        "of llmsurgery, against the source's tensors with the edits of a second run (`--save patch`, the same seed)\n"
+        "added in memory: logits on fixed prompts, bit for bit. `moved`: they differ from the source's.\n"
+    )
+    header = ["result", "model", "edited tensors", "dtype", "logits compared", "bits", "moved"]
+    return "## Reloaded by stock transformers\n\n" + text + "\n" + rows(header, lines)
 
 
 def byte_layer(result: dict[str, Any]) -> str:
@@ -406,6 +455,8 @@ SECTIONS = {
     "compare_demo_attacks": comparison,
     "compare_smollm2": comparison,
     "compare_smollm2_attacks": comparison,
+    "attacks_smollm2_control": attacks,
+    "reload": reload,
     "byte_layer": byte_layer,
     "covariance": covariance,
 }

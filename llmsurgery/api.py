@@ -187,6 +187,7 @@ def evaluate_checkpoints(
     retain_log: File | None = None,
     log: File | None = None,
     attacks: Sequence[str] = (),
+    control: File | None = None,
     suite: str | None = None,
     suite_dir: File | None = None,
     settings: Mapping[str, object] | None = None,
@@ -213,6 +214,8 @@ def evaluate_checkpoints(
         log: File to write the numbers per row to; they hold no text.
         attacks: Attacks that every model undergoes ("relearn", "quantize", ...); they need `forget` and `source`,
             and `retain_model` is their control.
+        control: Data file of rows of the same form that the source does not know; where there is no `retain_model`,
+            what relearning adds to them is taken off what it brings back.
         suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25", "ort"), whose files bring the data and
             whose protocol is the default; data other than `text` do not go with it.
         suite_dir: Directory with the suite's files as published.
@@ -239,9 +242,10 @@ def evaluate_checkpoints(
 
     if not models:
         raise UsageError("no model is given", "eval measures one or more checkpoints", "llmsurgery eval MODEL...")
+    data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
     request = EvaluationRequest(
         models=tuple(fspath(model) for model in models),
-        data=_given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text),
+        data=data | _given(control=control),
         source=None if source is None else fspath(source),
         retain_model=None if retain_model is None else fspath(retain_model),
         retain_log=None if retain_log is None else fspath(retain_log),
@@ -621,6 +625,8 @@ def compare(
     text: File | None = None,
     unseen: File | None = None,
     attacks: Sequence[str] = (),
+    control: File | None = None,
+    settings: Mapping[str, object] | None = None,
     retain_model: File | None = None,
     out: File | None = None,
     keep: bool = False,
@@ -642,6 +648,8 @@ def compare(
         text: Plain text for perplexity.
         unseen: Data file of rows like the retain rows that no recipe is given; only measured.
         attacks: Attacks that every result is put to.
+        control: As for `evaluate_checkpoints`.
+        settings: Settings of the attacks, `attack.NAME` and `attack.ATTACK.NAME`; those of methods are in the recipes.
         retain_model: A model that never saw the forget rows: the control of the attacks, and for `forget.quality`.
         out: Directory for `compare.json`, `compare.md` and `compare.svg` (with matplotlib); by default a new one.
         keep: Keep every result below `out`.
@@ -661,7 +669,7 @@ def compare(
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.comparison import publish_comparison
-    from llmsurgery.run.compare import read_recipes
+    from llmsurgery.run.compare import Attacking, read_recipes
 
     request = Request(
         task="unlearn",
@@ -680,7 +688,7 @@ def compare(
     return publish_comparison(
         read_recipes(recipes),
         request,
-        attacks,
+        Attacking(tuple(attacks), None if control is None else fspath(control), dict(settings or {})),
         place,
         keep,
         progress or Silent(),

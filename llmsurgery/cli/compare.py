@@ -21,6 +21,10 @@ CompareAttacks = Annotated[
     list[str] | None,
     typer.Option("--attack", metavar="NAME,...", help="try to bring the forget rows back in every result"),
 ]
+AttackSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a setting of the attacks, attack.NAME=VALUE; may be repeated"),
+]
 Keep = Annotated[bool, typer.Option("--keep", help="keep every result below OUT; else each is measured and removed")]
 
 
@@ -32,6 +36,8 @@ def compare(
     text: options.Text = None,
     unseen: Unseen = None,
     attacks: CompareAttacks = None,
+    control: options.Control = None,
+    assignments: AttackSettings = None,
     retain_model: options.RetainModel = None,
     out: options.Out = None,
     keep: Keep = False,
@@ -50,6 +56,7 @@ def compare(
     Example: llmsurgery compare flat flat:guard=none npo --model MODEL --forget forget.jsonl --retain retain.jsonl
     """
     from llmsurgery import api
+    from llmsurgery.methods.settings import parse_assignments
 
     output = Output(as_json, quiet, verbose)
     document = api.compare(
@@ -60,6 +67,8 @@ def compare(
         text=text,
         unseen=unseen,
         attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
+        control=control,
+        settings=parse_assignments(assignments or []),
         retain_model=retain_model,
         out=out,
         keep=keep,

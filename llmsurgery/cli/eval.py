@@ -23,6 +23,7 @@ def evaluate(
     from_log: options.FromLog = None,
     log: options.Log = None,
     attacks: options.Attacks = None,
+    control: options.Control = None,
     suite: options.Suite = None,
     suite_dir: options.SuiteDir = None,
     assignments: options.Assignments = None,
@@ -45,6 +46,7 @@ def evaluate(
     output = Output(as_json, quiet, verbose)
     settings, gates = parse_assignments(assignments or []), require or []
     data = {"forget": forget, "retain": retain, "holdout": holdout, "authors": authors, "facts": facts, "text": text}
+    data["control"] = control
     if from_log:
         others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
         given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
@@ -98,7 +100,9 @@ def _show(output: Output, document: dict[str, Any]) -> None:
     )
     if attacks := document.get("attacks"):
         known = f"rows that the source scores below {attacks['settings']['known']:g} are left out"
-        output.show(f"control of the attacks: {attacks['control'] or 'none, so that no excess is known'}; {known}")
+        rows = attacks["control_rows"] and f"the rows of {attacks['control_rows']} (relearn)"
+        control_shown = attacks["control"] or rows or "none, so that no excess is known"
+        output.show(f"control of the attacks: {control_shown}; {known}")
     for row in document["models"]:
         if quality := row["metrics"].get("forget.quality", {}).get("detail"):
             shown = f"log10 p {quality['log10_p']:.3f}, D {quality['statistic']:.4g}"
@@ -180,4 +184,7 @@ def _budget(attack: dict[str, Any]) -> str:
         parts.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     if attack["left_out"]:
         parts.append(f"{attack['left_out']} {attack['unit']} left out, unknown to the source or known to the control")
+    if rows := attack["control_rows"]:
+        scores = f", {rows['before']:.3g} to {rows['after']:.3g}" if rows.get("after") is not None else ""
+        parts.append(f"{rows['n']} control rows{scores}")
     return "; ".join(parts + ([attack["reason"]] if attack["reason"] else []))

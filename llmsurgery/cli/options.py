@@ -47,6 +47,12 @@ Attacks = Annotated[
         "--attack", metavar="NAME,...", help="try to bring the forget rows back (needs --source); may be repeated"
     ),
 ]
+Control = Annotated[
+    str | None,
+    typer.Option(
+        "--control", help="rows of the same form that the source does not know: a control of --attack relearn"
+    ),
+]
 Suite = Annotated[
     str | None,
     typer.Option(

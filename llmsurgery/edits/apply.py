@@ -129,13 +129,13 @@ def _write(
 ) -> Streamed:  # fmt: skip
     if tensor.source is not None and not tensor.rewritten:
         return moved_tensor(base, tensor.source)
-    rows = _PatchedRows(patch, tensor)
+    rows = PatchedRows(patch, tensor)
     seen = write_tensor(base, rows.origin, rows.compute, publication, observe)
     rows.finish()
     return seen
 
 
-class _PatchedRows:
+class PatchedRows:
     """Computes the new rows of one tensor, block by block from the first to the last."""
 
     def __init__(self, patch: Patch, tensor: TensorPatch) -> None:

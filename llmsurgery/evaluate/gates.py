@@ -28,6 +28,8 @@ NEEDS = {
     "whole": ("the whole model", "eval.figures=edit reads none but the edited blocks"),
     "concept": ("a method of redirect that removes a concept", ""),
     "retain-weights": ("--retain-model", "the attack on it is the control"),
+    "control": ("--control", "rows that the source does not know"),
+    "control-of-any-kind": ("--retain-model or --control", "nothing else tells uncovering from teaching"),
     **{f"suite:{name}": (f"--suite {name} of eval", "") for name in ("muse", "wmdp")},
     **{f"suite:wmdp:{name}": (f"--suite wmdp of eval with the subset {name}", "") for name in ("bio", "chem", "cyber")},
     **{
@@ -82,14 +84,24 @@ def _of_set(name: str, direction: str) -> tuple[Metric, ...]:
     )
 
 
-def _of_attack(name: str) -> tuple[Metric, ...]:
-    """Return the metrics of one attack; `evaluate.robustness.verdict` defines them."""
-    needs = ("forget", f"attack:{name}")
+def _of_attack(name: str, rows: bool) -> tuple[Metric, ...]:
+    """Return the metrics of one attack; `evaluate.robustness.verdict` defines them.
+
+    Args:
+        name: Name of the attack.
+        rows: Whether control rows can stand for a control model.
+    """
+    needs, control = ("forget", f"attack:{name}"), "control-of-any-kind" if rows else "retain-weights"
     return (
         Metric(f"attack.{name}.score", "lower", needs, "knowledge score of the forget rows after the attack"),
         Metric(f"attack.{name}.recovery", "lower", needs, "share of what was forgotten that the attack brings back"),
         Metric(f"attack.{name}.retention", "lower", needs, "score after the attack over the score of the source"),
-        Metric(f"attack.{name}.excess", "lower", (*needs, "retain-weights"), "lead over the attacked control"),
+        Metric(f"attack.{name}.excess", "lower", (*needs, control), "lead over the attacked control"),
+        *(
+            [Metric(f"attack.{name}.control_gain", "higher", (*needs, "control"), "what it adds to the control rows")]
+            if rows
+            else []
+        ),
     )
 
 
@@ -161,7 +173,7 @@ METRICS = {
         ),
         *(metric for form in FORMS for metric in _of_form(form)),
         Metric("ort.form_gap", "lower", ("suite:ort",), "largest minus smallest relative drop over forms, to --source"),
-        *(metric for name in all_attacks() for metric in _of_attack(name)),
+        *(metric for name, attack in all_attacks().items() for metric in _of_attack(name, attack.spec.control_rows)),
     )
 }
 

@@ -14,7 +14,7 @@ from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.target import Claim, check_free, move_into_place, remove
 from llmsurgery.compute.progress import Progress
 from llmsurgery.report.table import rows_table
-from llmsurgery.run.compare import RETAIN, UNSEEN, Recipe, compare_recipes, trade_off
+from llmsurgery.run.compare import RETAIN, UNSEEN, Attacking, Recipe, compare_recipes, trade_off
 from llmsurgery.run.request import Request
 
 COLUMNS = (
@@ -33,7 +33,8 @@ COLUMNS = (
 def comparison_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return head and cells of the table; attacks add a column each."""
     attacks = list(dict.fromkeys(name for row in document["rows"] for name in _attacks(row)))
-    head = [*COLUMNS, *(f"{name} recovery" for name in attacks)]
+    figures = [(name, key) for name in attacks for key in ("recovery", "excess")]
+    head = [*COLUMNS, *(f"{name} {key}" for name, key in figures)]
     lines = []
     for row in document["rows"]:
         if row["exit_code"] != 0:
@@ -55,8 +56,9 @@ def comparison_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[s
             f"{memory / 2**20:,.0f}",
         ]
         found = _attacks(row)
-        lines.append(line + [_number(found[name].get("recovery")) if name in found else "" for name in attacks])
-    filled = [place for place, name in enumerate(head) if any(line[place] for line in lines) or name != "unseen kept"]
+        lines.append(line + [_number(found[name].get(key)) if name in found else "" for name, key in figures])
+    optional = {"unseen kept", *(f"{name} excess" for name in attacks)}
+    filled = [place for place, name in enumerate(head) if any(line[place] for line in lines) or name not in optional]
     return [head[place] for place in filled], [[line[place] for place in filled] for line in lines]
 
 
@@ -113,7 +115,7 @@ def draw_front(points: Sequence[tuple[str, float, float]], front: Sequence[str],
 def publish_comparison(
     recipes: Sequence[Recipe],
     request: Request,
-    attacks: Sequence[str],
+    attacks: Attacking,
     out: str | None,
     keep: bool,
     progress: Progress,

@@ -50,7 +50,7 @@ def attacks_table(model: str, attacks: Mapping[str, Mapping[str, Any]]) -> Table
     """Return one row per attack on a model: knowledge scores, what came back, and the verdict."""
     table = Table(title=f"attacks on {model}", title_justify="left")
     table.add_column("attack", no_wrap=True)
-    for column in ("source", "before", "after", "control", "recovery", "excess", "of"):
+    for column in ("source", "before", "after", "control", "recovery", "control gain", "excess", "of"):
         table.add_column(column, justify="right")
     table.add_column("verdict", no_wrap=True)
     table.add_column("strongest point")
@@ -60,7 +60,7 @@ def attacks_table(model: str, attacks: Mapping[str, Mapping[str, Any]]) -> Table
             name,
             *(format_number(found[key]) for key in ("source", "before", "after")),
             "" if control is None else " to ".join(format_number(control[key]) for key in ("before", "after")),
-            *(format_number(found[key]) for key in ("recovery", "excess")),
+            *(format_number(found[key]) for key in ("recovery", "control_gain", "excess")),
             f"{found['n']} {found['unit']}",
             found["verdict"],
             found["point"] or "",

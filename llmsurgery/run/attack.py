@@ -21,7 +21,7 @@ from llmsurgery.evaluate.robustness.registry import all_attacks, find_attack
 from llmsurgery.methods.settings import as_record, resolve_config
 from llmsurgery.run.fitting import scoring_rows
 from llmsurgery.run.manifest import finite
-from llmsurgery.run.prepare import encode_for_figures, make_encoder, require_known_tokens, stored_dtype
+from llmsurgery.run.prepare import CONTROL, encode_for_figures, make_encoder, require_known_tokens, stored_dtype
 from llmsurgery.run.request import EvaluationRequest
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class AttackPlan:
 
     def check(self, rows: Mapping[str, Sequence[Row]]) -> None:
         """Raise every error about the attacks' data, before any model is loaded."""
+        from llmsurgery.evaluate.robustness.control import check_control
+
+        if CONTROL in rows and not any(attack.spec.control_rows for attack, _ in self.attacks):
+            able = ", ".join(name for name, attack in all_attacks().items() if attack.spec.control_rows)
+            raise UsageError(
+                "--control is given without an attack that scores it",
+                f"its rows stand for a control model under --attack {able}",
+                "drop --control",
+            )
+        check_control(rows)
         for attack, config in self.attacks:
             for name in attack.spec.needs:
                 if name not in rows:
@@ -152,8 +162,11 @@ def run_attacks(
     """
     if not plan.attacks or source is None:
         return [{} for _ in models]
-    if control is None:
-        progress.notice("attacks have no control: --retain-model MODEL, one that never saw the forget rows, is missing")
+    if control is None and not (CONTROL in rows and all(attack.spec.control_rows for attack, _ in plan.attacks)):
+        progress.notice(
+            "attacks have no control: --retain-model MODEL, one that never saw the forget rows, is missing; for "
+            "relearn --control DATA, rows that the source does not know, can stand for it"
+        )
 
     def attack_all(size: int) -> list[dict[str, Judgement]]:
         own = dataclasses.replace(config, batch_size=size)
@@ -254,7 +267,12 @@ def add_attacks(
 
     versions = {"llmsurgery": __version__, "python": platform.python_version()}
     versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    document["attacks"] = {"settings": as_record(plan.shared), "control": request.retain_model, "versions": versions}
+    document["attacks"] = {
+        "settings": as_record(plan.shared),
+        "control": request.retain_model,
+        "control_rows": request.data.get(CONTROL),
+        "versions": versions,
+    }
     for record, found in zip(cast(list[dict[str, object]], document["models"]), attacked, strict=True):
         record["attacks"] = {
             attack.spec.name: _plain(

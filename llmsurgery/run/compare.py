@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmsurgery.compute.progress import Progress, Silent
+from llmsurgery.compute.progress import Progress
 from llmsurgery.demo import world_path
 from llmsurgery.errors import InputError, UsageError, unknown_name
 from llmsurgery.methods.registry import find_method
@@ -49,6 +49,43 @@ class Recipe:
         words += [word for name, value in self.settings.items() for word in ("--set", f"{name}={_text(value)}")]
         named = {"--guard": self.guard, "--until": self.until, "--seed": self.seed}
         return words + [word for name, value in named.items() if value is not None for word in (name, str(value))]
+
+
+@dataclass(frozen=True)
+class Attacking:
+    """What every result is put to.
+
+    Attributes:
+        names: Attacks.
+        control: Data file of rows that the source does not know.
+        settings: Settings by name, `attack.NAME` and `attack.ATTACK.NAME`.
+    """
+
+    names: Sequence[str] = ()
+    control: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def words(self) -> list[str]:
+        """Return the words of `eval` that say this."""
+        words = ["--attack", ",".join(self.names)] + ([] if self.control is None else ["--control", self.control])
+        return words + [word for name, value in self.settings.items() for word in ("--set", f"{name}={_text(value)}")]
+
+    def check(self) -> None:
+        """Refuse what nothing would look at.
+
+        Raises:
+            UsageError: Says what.
+        """
+        for name in self.settings:
+            if not name.startswith("attack."):
+                raise UsageError(
+                    f"--set {name} does not say for which recipe",
+                    "with compare, --set takes settings of attacks, attack.NAME=VALUE",
+                    "write METHOD:NAME=VALUE, or a YAML file per recipe",
+                )
+        if not self.names and (self.control is not None or self.settings):
+            given = "--control" if self.control is not None else f"--set {next(iter(self.settings))}"
+            raise UsageError(f"{given} is given without an attack", "it would do nothing", "give --attack NAME")
 
 
 def _text(value: object) -> str:
@@ -129,7 +166,7 @@ def _recipe(label: str, content: Mapping[str, Any]) -> Recipe:
 def compare_recipes(
     recipes: Sequence[Recipe],
     request: Request,
-    attacks: Sequence[str],
+    attacks: Attacking,
     keep: Path | None,
     progress: Progress,
     unseen: str | None = None,
@@ -151,13 +188,14 @@ def compare_recipes(
         SurgeryError: Whatever is wrong with a recipe or the data, before the first run.
     """
     _check(recipes, request)
+    attacks.check()
     before = None if unseen is None else _unseen(request, _source(request), unseen)
     rows = []
     with tempfile.TemporaryDirectory(prefix="llmsurgery-") as folder, progress.task("recipes", len(recipes)) as tick:
         for recipe in recipes:
             out = (keep or Path(folder)) / recipe.label.replace("/", "_")
             row = run_recipe(recipe, request, out)
-            if row["exit_code"] == 0 and attacks:
+            if row["exit_code"] == 0 and attacks.names:
                 row["attacks"] = _attack(recipe, request, out, attacks)
             if row["exit_code"] == 0 and unseen is not None and before is not None:
                 row["shares"][UNSEEN] = _unseen(request, out, unseen) / before
@@ -171,7 +209,8 @@ def compare_recipes(
 
 def _check(recipes: Sequence[Recipe], request: Request) -> None:
     """Refuse a wrong recipe before the first one has run for an hour."""
-    from llmsurgery.run.execute import execute
+    from llmsurgery.run.forms import check_form
+    from llmsurgery.run.prepare import prepare
 
     for recipe in recipes:
         wanted = replace(
@@ -183,7 +222,7 @@ def _check(recipes: Sequence[Recipe], request: Request) -> None:
             out=None,
             dry_run=True,
         )
-        execute(wanted, Silent(), lambda manifest, card: card)
+        check_form(prepare(wanted))
 
 
 def _common(request: Request) -> list[str]:
@@ -234,7 +273,7 @@ def run_recipe(recipe: Recipe, request: Request, out: Path) -> dict[str, Any]:
     }
 
 
-def _attack(recipe: Recipe, request: Request, out: Path, attacks: Sequence[str]) -> object:
+def _attack(recipe: Recipe, request: Request, out: Path, attacks: Attacking) -> object:
     """Return what the attacks recover, by name; the demo brings source, control and rows along."""
     source, control, data = request.model, request.retain_model, dict(request.data)
     if source is None:
@@ -246,7 +285,7 @@ def _attack(recipe: Recipe, request: Request, out: Path, attacks: Sequence[str])
     common = _common(replace(request, data=data, trust_remote_code=True))
     words = ["eval", str(out), *common, "--json", "--source", source, "--set", "generate=false"]
     words += [] if control is None else ["--retain-model", control]
-    code, document = _call([*words, "--attack", ",".join(attacks)])
+    code, document = _call([*words, *attacks.words()])
     return document["models"][0]["attacks"] if code == 0 else {"exit_code": code, "error": document.get("error")}
 
 
@@ -261,7 +300,9 @@ def _unseen(request: Request, model: str | Path, unseen: str) -> float:
     # The code of a bundle has just been written by this program.
     trust = request.trust_remote_code or model != request.model
     common = _common(replace(request, data={"retain": unseen}, trust_remote_code=trust))
-    code, document = _call(["eval", str(model), *common, "--set", "generate=false", "--json"])
+    # A model is always measured on some text; of that nothing is needed here.
+    few = ["--set", "generate=false", "--set", "text_rows=1"]
+    code, document = _call(["eval", str(model), *common, *few, "--json"])
     if code != 0:
         error = document.get("error") or {}
         raise InputError(f"the rows of {unseen!r} cannot be measured on {str(model)!r}", str(error.get("what")), "")

@@ -31,7 +31,14 @@ from llmsurgery.run.attack import (
 from llmsurgery.run.fitting import parse_batch_size, scoring_rows
 from llmsurgery.run.manifest import data_records, figure_record, gate_record
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
-from llmsurgery.run.prepare import encode_for_figures, make_encoder, read_sets, require_known_tokens, stored_dtype
+from llmsurgery.run.prepare import (
+    CONTROL,
+    encode_for_figures,
+    make_encoder,
+    read_sets,
+    require_known_tokens,
+    stored_dtype,
+)
 from llmsurgery.run.reference import score_retain_model
 from llmsurgery.run.request import EvaluationRequest
 from llmsurgery.run.suite import SuitePlan, plan_suite
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio", "ort.form_gap")
 
 _UTILITY = "utility.model_utility"
+EITHER_CONTROL = "control-of-any-kind"
 
 
 def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str, object]:
@@ -56,11 +64,14 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     plan = plan_attacks(request)
     files = {"text": GENERAL_TEXT, **{name: Path(path) for name, path in request.data.items()}}
     given = set(files) | offered_needs(config, bool(request.retain_model or request.retain_log)) | plan.needs
-    given |= {"retain-weights"} if request.retain_model else set()
+    given |= {"retain-weights", EITHER_CONTROL} if request.retain_model else set()
+    given |= {EITHER_CONTROL} if CONTROL in files else set()
     given |= suite.needs if suite is not None else set()
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
     rows = read_sets(files)
+    # Attacks alone look at the control rows.
+    figured = {name: members for name, members in rows.items() if name != CONTROL}
     if suite is not None:
         suite.check(rows, config)
     for gate in gates:
@@ -78,9 +89,11 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
         compared = retained
         if retained_model is not None:
             options = (resolve_device(request.device), request.dtype, request.trust_remote_code)
-            compared = score_retain_model(retained_model, rows, own, *options, progress, suite)
-        before = None if source is None else _measure_one(source, rows, own, request, progress, compared, None, suite)
-        options_of = (rows, own, request, progress, compared, before, suite)
+            compared = score_retain_model(retained_model, figured, own, *options, progress, suite)
+        before = None
+        if source is not None:
+            before = _measure_one(source, figured, own, request, progress, compared, None, suite)
+        options_of = (figured, own, request, progress, compared, before, suite)
         return before, [_measure_one(place, *options_of) for place in places]
 
     forward = scoring_rows(config, request.batch_size, progress)
@@ -135,6 +148,8 @@ def _check_options(request: EvaluationRequest, gates: Sequence[Gate], suite: Sui
             raise UsageError(f"{option} needs --forget", "models are compared on the forget rows", "give --forget DATA")
     if "holdout" in request.data and "forget" not in request.data:
         raise UsageError("--holdout needs --forget", "its rows are compared with the forget rows", "give --forget DATA")
+    if CONTROL in request.data and not request.attacks:
+        raise UsageError("--control needs --attack relearn", "attacks alone look at its rows", "drop --control")
     check_log_target(request)
     refuse_relative(gates)
     for gate in gates:

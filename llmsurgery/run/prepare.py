@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
 SETS = DATA_NAMES[:-1]
+CONTROL = "control"
+"""Rows that attacks alone score; no figure is measured on them."""
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,7 @@ def encode_for_figures(
 
     training = getattr(config, "training", None)
     chunk = min(CHUNK_TOKENS, training.max_length) if isinstance(training, TrainingConfig) else CHUNK_TOKENS
-    sets = {name: list(rows[name]) for name in SETS if name in rows}
+    sets = {name: list(rows[name]) for name in (*SETS, CONTROL) if name in rows}
     return encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
 
 

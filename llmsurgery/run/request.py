@@ -69,7 +69,7 @@ class EvaluationRequest:
 
     Attributes:
         models: Directories, `.gguf` files or hub ids.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control") -> path.
         source: The model before surgery.
         retain_model: A model that never saw the forget rows.
         logs: Logs to recompute figures from, instead of models.

@@ -85,6 +85,11 @@ def test_a_source_has_nothing_to_recover_and_fails_the_gate(capsys: pytest.Captu
         (["--attack", "quantize", "--set", "attack.quantize.score=choice"], "perturbed_answer"),
         (["--attack", "lens,probe"], "--attack probe needs --retain"),
         (["--attack", "lens,lense"], "lens"),
+        (["--control", "CONTROL"], "--control needs --attack relearn"),
+        (["--attack", "quantize", "--control", "CONTROL"], "without an attack that scores it"),
+        (["--attack", "relearn", "--require", "attack.relearn.control_gain>=0"], "--control"),
+        (["--attack", "relearn", "--require", "attack.relearn.excess<=0.1"], "--retain-model or --control"),
+        (["--attack", "quantize", "--require", "attack.quantize.control_gain>=0"], "attack.relearn.control_gain"),
     ],
 )
 def test_refusals_before_any_work(
@@ -97,8 +102,37 @@ def test_refusals_before_any_work(
 ) -> None:
     monkeypatch.setattr("llmsurgery.compute.load.load_model", None)
     model = str(checkpoints["gpt2"])
+    words = [str(data_files["retain"]) if word == "CONTROL" else word for word in words]
     assert run(["eval", model, "--source", model, "--forget", str(data_files["forget"]), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_control_rows_take_the_place_of_a_control_model(
+    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = tmp_path / "control.jsonl"
+    control.write_text(json.dumps({"question": "Who mends the nets?", "answer": "Pell Orrin does."}) + "\n")
+    model = str(checkpoints["tied_llama"])
+    words = ["eval", model, "--source", model, *FAST, "--set", "attack.relearn.sizes=2"]
+    words += ["--set", "attack.relearn.epochs=1", "--set", "attack.relearn.rank=2", "--attack", "relearn"]
+    words += [word for name in ("forget", "retain") for word in (f"--{name}", str(data_files[name]))]
+    assert run([*words, "--control", str(data_files["forget"])]) == 3, "these are trained on"
+    assert "rows of --control" in capsys.readouterr().err
+    words += ["--control", str(control), "--set", "attack.relearn.score=token_prob", "--set", "attack.known=0.01"]
+    # Nothing was unlearned: there is no excess, and a gate on it fails.
+    gates = ["--require", "attack.relearn.excess<=0.1", "--require", "attack.relearn.control_gain<=1"]
+    assert run([*words, *gates, "--json"]) == 6
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)["report"]
+    assert found["attacks"]["control_rows"] == str(control)
+    assert "control." not in json.dumps(found["models"][0]["metrics"]), "attacks alone look at these rows"
+    rows = found["models"][0]["attacks"]["relearn"]["control_rows"]
+    assert (rows["n"], rows["left_out"]) == (1, 0)
+    assert rows["source"] == rows["before"] != rows["after"]
+    assert "attacks have no control" not in captured.err
+    assert "Pell" not in captured.out
+    assert run(words) == 0
+    assert f"the rows of {control} (relearn)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("missing", ["--source", "--forget"])

@@ -114,6 +114,35 @@ def test_attacks_are_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "quantize recovery" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def test_control_rows_and_settings_reach_the_attack(
+    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = tmp_path / "control.jsonl"
+    control.write_text(json.dumps({"question": "Who mends the nets?", "answer": "Pell Orrin does."}) + "\n")
+    files = [word for name in ("forget", "retain") for word in (f"--{name}", str(data_files[name]))]
+    recipe = "flat:eval.generate=false:guard=none:until=none:max_steps=20:lr=0.02"
+    words = [
+        "compare",
+        recipe,
+        *files,
+        "--model",
+        str(checkpoints["tied_llama"]),
+        "-o",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    given = {"score": "token_prob", "sizes": 2, "epochs": 1, "rank": 2, "modes": "subset", "on_source": False}
+    settings = [f"attack.relearn.{name}={str(value).lower()}" for name, value in given.items()]
+    words += [word for setting in [*settings, "attack.known=0"] for word in ("--set", setting)]
+    assert run([*words, "--control", str(control)]) == 2, "no attack is given"
+    assert run([*words, "--attack", "relearn", "--control", str(control), "--set", "lr=1"]) == 2, "of no recipe"
+    assert "METHOD:NAME=VALUE" in capsys.readouterr().out
+    assert run([*words, "--attack", "relearn", "--control", str(control)]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"][0]["attacks"]["relearn"]
+    assert found["settings"]["score"] == "token_prob"
+    assert found["control_rows"] == {"n": 0, "left_out": 1}, "known=0 leaves no unknown row"
+
+
 def test_wrong_recipe_is_refused_before_the_first_run(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,9 @@ The forget rows are divided into folds of items that share no answer; the attack
              min(1, gain of the control / gain of the edited model), 1 = relearns no faster than from nothing
 
 The attacker picks the best point; the last epoch is among the points. Source and control are trained by the same recipe
-with the same seeds: without a control that never saw the rows, "hidden" cannot be told from "quickly learned".
+with the same seeds: without a control that never saw the rows, "hidden" cannot be told from "quickly learned". Where no
+such model exists, rows of the same form that the source does not know (`--control`) are scored at the same points of
+the same runs on the edited model; nothing trains on them (`robustness.control`).
 
 The rows that it trained on show whether the attack had any force (`learned`): where `subset` did not bring back half of
 what the source knows of T itself, a low score on V is no proof, and the verdict is not ROBUST. `update_norm` is the
@@ -84,14 +86,16 @@ class _Curve:
     """What the runs of one recipe measured, by steps or epochs."""
 
     scores: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    control: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     utility: dict[int, list[float]] = field(default_factory=dict)
     learned: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     steps: int = 0
 
-    def add(self, at: int, scores: Mapping[str, float], utility: float) -> None:
-        for row, value in scores.items():
-            self.scores.setdefault(at, {}).setdefault(row, []).append(value)
+    def add(self, at: int, scores: Mapping[str, float], utility: float, control: Mapping[str, float]) -> None:
+        for kept, found in ((self.scores, scores), (self.control, control)):
+            for row, value in found.items():
+                kept.setdefault(at, {}).setdefault(row, []).append(value)
         self.utility.setdefault(at, []).append(utility)
 
     def points(self, recipe: Recipe) -> Iterator[Point]:
@@ -101,9 +105,11 @@ class _Curve:
             if at == max(self.scores):
                 detail["update_norm"] = fmean(self.norms)
                 detail |= {"learned": fmean(self.learned)} if self.learned else {}
-            means = {row: fmean(values) for row, values in scores.items()}
+            means, control = (
+                {row: fmean(values) for row, values in found.items()} for found in (scores, self.control.get(at, {}))
+            )
             counts = recipe.trainer != "epoch"
-            yield Point(f"{recipe.label} {unit} {at}", means, fmean(self.utility[at]), counts, detail)
+            yield Point(f"{recipe.label} {unit} {at}", means, fmean(self.utility[at]), counts, detail, control)
 
 
 @register
@@ -112,6 +118,7 @@ class Relearn:
 
     spec = AttackSpec(
         name="relearn",
+        control_rows=True,
         summary="train on other forget rows, or on rows that have nothing to do with them",
         paper="Do Unlearning Methods Remove Information from Language Model Weights?, arXiv 2410.08827; "
         "Unlearning or Obfuscating?, arXiv 2406.13356",
@@ -150,13 +157,14 @@ class Relearn:
     def run(self, config: RelearnConfig, bench: Bench, source: Trial | None) -> Trial:
         """Run every recipe on the model."""
         before, utility = bench.score(config.score), bench.utility(config.score)
+        control = bench.score_control(config.score)
         points: list[Point] = []
         curves: dict[str, _Curve] = {}
         for recipe in list_recipes(config, bench) if source is not None or config.on_source else []:
             curve = curves[recipe.label] = _Curve()
             for run in list_runs(recipe, config, bench):
                 bench.spoil()
-                _train(recipe, run, config, bench, curve)
+                _train(recipe, run, config, bench, curve, scored=bool(control) and source is not None)
             points += curve.points(recipe)
         bench.spoil()
         budget = {
@@ -165,7 +173,8 @@ class Relearn:
             "folds": min(config.folds, len(group_items(bench.forget_rows))),
             "seeds": config.seeds,
         }
-        return Trial(before, points, utility, budget, "" if source is None else _weakness(curves, source))
+        weak = "" if source is None else _weakness(curves, source)
+        return Trial(before, points, utility, budget, weak, control=control)
 
     def compare(self, edited: Trial, source: Trial, control: Trial | None) -> Mapping[str, object]:
         """Return when half of the gap is closed on each curve, and open-unlearning's ratio."""
@@ -175,8 +184,17 @@ class Relearn:
         return found
 
 
-def _train(recipe: Recipe, run: Run, config: RelearnConfig, bench: Bench, curve: _Curve) -> None:
-    """Train the model on the bench on the rows of one run, and add what it then knows to the curve."""
+def _train(recipe: Recipe, run: Run, config: RelearnConfig, bench: Bench, curve: _Curve, scored: bool) -> None:
+    """Train the model on the bench on the rows of one run, and add what it then knows to the curve.
+
+    Args:
+        recipe: How it trains.
+        run: What it trains on.
+        config: Settings of the attack.
+        bench: The model.
+        curve: Where the scores go.
+        scored: Whether the control rows are scored as well.
+    """
     from llmsurgery.evaluate.robustness.training import cut_row, learn_rows
 
     rtt = recipe.trainer == "rtt"
@@ -186,7 +204,9 @@ def _train(recipe: Recipe, run: Run, config: RelearnConfig, bench: Bench, curve:
     def observe(step: int, autocast: torch.dtype | None) -> None:
         at = step if recipe.trainer == "steps" else step // training.check_every
         if recipe.trainer != "steps" or step in SCORED_STEPS:
-            curve.add(at, bench.score(config.score, run.tested, autocast), bench.utility(config.score, autocast))
+            control = bench.score_control(config.score, autocast) if scored else {}
+            scores = bench.score(config.score, run.tested, autocast)
+            curve.add(at, scores, bench.utility(config.score, autocast), control)
         if step == training.max_steps and run.trained:
             learned = bench.score(config.score, run.trained, autocast)
             curve.learned += [fmean(learned.values())] if learned else []

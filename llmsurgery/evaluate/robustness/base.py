@@ -46,6 +46,7 @@ class AttackSpec:
         needs: Data that must be given beside the forget rows ("retain").
         unit: What is scored: "rows", or "tokens" of their answers.
         only_told: Leave out what the control knows before the attack, such as the words that every answer shares.
+        control_rows: Whether rows that the source does not know can stand for a control model.
         presets: Preset name -> settings that differ from the defaults.
     """
 
@@ -55,6 +56,7 @@ class AttackSpec:
     needs: tuple[str, ...] = ()
     unit: str = "rows"
     only_told: bool = False
+    control_rows: bool = False
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class Point:
         utility: Score of what is to stay, after the attack; None where an attack cannot change it.
         counts: Whether it may decide the verdict; False for diagnostics.
         detail: Further numbers.
+        control: Control row -> knowledge score after the attack; none where no control rows are scored.
     """
 
     label: str
@@ -75,6 +78,7 @@ class Point:
     utility: float | None = None
     counts: bool = True
     detail: Mapping[str, object] = field(default_factory=dict)
+    control: PerRow = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Trial:
         budget: What the attacker had: rows, steps, variants.
         weak: Why a low score after the attack proves nothing; empty if it does.
         kept: What the same attack on other models needs; never written anywhere.
+        control: Control row -> knowledge score before the attack; none where no control rows are scored.
     """
 
     before: PerRow
@@ -96,6 +101,7 @@ class Trial:
     budget: Mapping[str, object] = field(default_factory=dict)
     weak: str = ""
     kept: object = None
+    control: PerRow = field(default_factory=dict)
 
 
 class Attack(Protocol):

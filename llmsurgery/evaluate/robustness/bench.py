@@ -34,7 +34,8 @@ class Bench:
         source_read: The same of the model before surgery; for the source itself its own.
         source_names: Names of the tensors that the model before surgery stores.
         encoder: Turns rows into token ids.
-        data: Encoded forget rows, retain rows (none without --retain) and plain text.
+        data: Encoded forget rows, retain rows (none without --retain), control rows (none without --control) and
+            plain text.
         evaluation: Settled evaluation settings.
         seed: Seed of everything random.
         progress: Told of long work and notices.
@@ -91,6 +92,10 @@ class Bench:
             Row -> score; rows without a score (an answer of the end token alone, no wrong answers) are left out.
         """
         return self._score_set("forget", kind, range(len(self.forget)) if rows is None else rows, autocast)
+
+    def score_control(self, kind: str, autocast: torch.dtype | None = None) -> PerRow:
+        """Score the control rows, which the source does not know; nothing without --control."""
+        return self._score_set("control", kind, range(len(self.data.encoded.get("control", []))), autocast)
 
     def utility(self, kind: str, autocast: torch.dtype | None = None) -> float:
         """Return the mean score of the retain rows, or without them the share of plain-text tokens predicted."""
@@ -155,6 +160,6 @@ class Bench:
 
 
 def take_rows(rows: Mapping[str, Sequence[Row]], forget: int, retain: int) -> dict[str, list[Row]]:
-    """Return the first rows that attacks look at; 0 stands for all of them."""
-    limits = {"forget": forget, "retain": retain}
+    """Return the first rows that attacks look at, of control rows as many as of forget rows; 0 stands for all."""
+    limits = {"forget": forget, "retain": retain, "control": forget}
     return {name: list(rows[name][: limit or None]) for name, limit in limits.items() if name in rows}

@@ -52,6 +52,24 @@ def test_every_row_is_tested_by_a_model_that_did_not_train_on_it(checkpoints: di
     }
 
 
+def test_control_rows_are_scored_at_every_point_and_not_trained_on(checkpoints: dict[str, Path]) -> None:
+    config = replace(TINY, modes=("subset",), sizes=(0,))
+    control = [Row("qa", "Who mends the nets?", "Pell Orrin."), Row("qa", "What is in the barn?", "A cart.")]
+    bench, plain = (bench_of(checkpoints["tied_llama"], rows) for rows in ({"control": control}, {}))
+    source = Relearn().run(config, bench, None)
+    assert source.control.keys() == {"0", "1"}
+    assert not any(point.control for point in source.points), "the source is scored on them once"
+    edited, without = (Relearn().run(config, one, source) for one in (bench, plain))
+    assert edited.control == source.control
+    for point, same in zip(edited.points, without.points, strict=True):
+        # The runs are those of an attack without control rows.
+        assert point.scores == same.scores
+        assert point.control.keys() == {"0", "1"}
+        assert point.control != edited.control
+        assert not same.control
+    assert judge_attack(edited, source, None, 0.0, {}).record["control_rows"]["n"] == 0  # type: ignore[index]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
 def test_other_recipes(family: str, checkpoints: dict[str, Path]) -> None:
     config = replace(TINY, trainers=("rtt", "steps", "epoch"), modes=("syntax",), sizes=(0,), rtt_epochs=2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmsurgery.evaluate.robustness.base import Point, Trial
-from llmsurgery.evaluate.robustness.verdict import Judgement, excess, judge_attack, recovery
+from llmsurgery.evaluate.robustness.points import excess, recovery
+from llmsurgery.evaluate.robustness.verdict import Judgement, judge_attack
 
 
 def rows(*values: float) -> dict[str, float]:
