@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.record import write_result
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     from llmsurgery.edits.patch import Patch
@@ -42,7 +43,7 @@ def edited_tensors(source: Path, patch: Patch) -> dict[str, torch.Tensor]:
 
     from llmsurgery.checkpoint import Checkpoint
     from llmsurgery.edits.apply import PatchedRows
-    from llmsurgery.edits.write import Stored, write_tensor
+    from llmsurgery.edits.write import write_tensor
 
     base = Checkpoint.open(source)
     tensors: dict[str, torch.Tensor] = {}
@@ -50,7 +51,7 @@ def edited_tensors(source: Path, patch: Patch) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def put(name: str, start: int, raw: Stored, result: Stored) -> None:
+    def put(name: str, start: int, raw: npt.NDArray[Any], result: npt.NDArray[Any]) -> None:
         del raw
         content = torch.frombuffer(bytearray(np.ascontiguousarray(result).tobytes()), dtype=tensors[name].dtype)
         tensors[name][start : start + result.shape[0]] = content.reshape(result.shape)
