@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,11 +52,12 @@ class Common:
     quiet: options.Quiet = False
     verbose: options.Verbose = False
 
-    def run(self, task: Callable[..., Outcome], **own: object) -> None:
+    def run(self, task: Callable[..., Outcome], chosen: Mapping[str, object] | None = None, **own: object) -> None:
         """Run the function of a task in `llmsurgery.api` and print its outcome.
 
         Args:
             task: The function.
+            chosen: Hyperparameters that have an option of their own; they win over `--set`.
             **own: The arguments that only this task has.
         """
         from llmsurgery.methods.settings import parse_assignments, read_config_file
@@ -64,7 +65,11 @@ class Common:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         output = Output(*(given.pop(name) for name in ("as_json", "quiet", "verbose")))
         config, assignments = given.pop("config"), given.pop("assignments")
-        settings = {**(read_config_file(config) if config else {}), **parse_assignments(assignments or [])}
+        settings = {
+            **(read_config_file(config) if config else {}),
+            **parse_assignments(assignments or []),
+            **(chosen or {}),
+        }
         undo, require, model = not given.pop("no_undo"), given.pop("require") or [], given.pop("model")
         outcome = task(model, **given, **own, settings=settings, undo=undo, require=require, progress=output)
         show_outcome(output, outcome)

@@ -77,7 +77,7 @@ class RedirectReference:
 
 
 def make_probes(encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
-    """Return the probes of pairs of names; facts have none.
+    """Return the probes of pairs of names; facts and names without a target have none.
 
     Raises:
         InputError: A name has no token, or a prompt is too long.
@@ -87,7 +87,7 @@ def make_probes(encoder: Encoder, pairs: Sequence[Pair]) -> list[Probe]:
 
 def _probes(encoder: Encoder, pairs: Sequence[Pair]) -> Iterator[Probe]:
     for number, pair in enumerate(pairs):
-        if pair.prompt:
+        if pair.prompt or not pair.target:
             continue
         wordings = [("template", text, pair.source) for text in TEMPLATES]
         wordings += [("paraphrase", text, pair.source) for text in (*HELD_OUT, *pair.prompts)]

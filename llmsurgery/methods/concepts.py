@@ -36,14 +36,14 @@ class Column:
         keys: Contexts that its key is the mean over.
         values: Contexts that its current value is the mean over.
         targets: Contexts of the new name that the value to write is the mean over.
-        fixed: Makes the value [width] from the current one, in place of the contexts of a new name.
+        found: Returns the value to write [width] after a block, given the current one, in place of a new name's.
     """
 
     name: str
     keys: Sequence[Context]
     values: Sequence[Context]
     targets: Sequence[Context] = ()
-    fixed: Callable[[int], torch.Tensor] | None = None
+    found: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Writer:
         if not first:
             return keys, values, None
         wanted = [
-            mean(states, column.targets) if column.fixed is None else column.fixed(block).double().cpu()
-            for column in columns
+            mean(states, column.targets) if column.found is None else column.found(block, values[:, number])
+            for number, column in enumerate(columns)
         ]
         return keys, values, torch.stack(wanted, 1)
 

@@ -65,7 +65,7 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
     check_untrained(method, request)
     require_figures(method, evaluation)
     files = data_files(method, request)
-    pairs = requested_pairs(method, request, files)
+    pairs = requested_pairs(method, config, request, files)
     available = available_needs(method, files, evaluation, request, pairs)
     for text in request.require:
         parse_gate(text, available | ROW_NEEDS)

@@ -19,11 +19,12 @@ def wants_pairs(method: Method) -> bool:
     return NEED in method.spec.needs
 
 
-def requested_pairs(method: Method, request: Request, files: Mapping[str, Path]) -> list[Pair]:
+def requested_pairs(method: Method, config: object, request: Request, files: Mapping[str, Path]) -> list[Pair]:
     """Return the pairs of a request; none for a method that redirects nothing.
 
     Args:
         method: The method.
+        config: Its resolved config.
         request: The request.
         files: Data name -> path, the demo's included.
 
@@ -39,7 +40,9 @@ def requested_pairs(method: Method, request: Request, files: Mapping[str, Path])
         raise UsageError("--from and --pairs are given", "both say what to redirect", "put all of it into the file")
     else:
         pairs = [make_pair(*request.concepts)]
-    if not method.spec.targetless and (lacking := [pair for pair in pairs if not pair.target]):
+    needs_target = getattr(method, "needs_target", None)
+    wanted = not method.spec.targetless if needs_target is None else needs_target(config)
+    if wanted and (lacking := [pair for pair in pairs if not pair.target]):
         where = lacking[0].where
         if request.concepts is not None:
             raise UsageError("--to is missing", f"{method.spec.name} redirects a name to another", "give both names")
@@ -53,7 +56,7 @@ def pair_needs(method: Method, pairs: Sequence[Pair]) -> set[str]:
     """Return the needs of metrics that the pairs meet."""
     if method.spec.targetless:
         return {"concept"} if pairs else set()
-    names = [pair for pair in pairs if not pair.prompt]
+    names = [pair for pair in pairs if pair.target and not pair.prompt]
     return ({NEED} if names else set()) | ({"aliases"} if any(pair.aliases for pair in names) else set())
 
 

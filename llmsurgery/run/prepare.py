@@ -134,7 +134,7 @@ def prepare(request: Request) -> Prepared:
     files = data_files(method, request)
     if guard not in ("self", "none"):
         files["guard"], guard = Path(guard), "file"
-    pairs = requested_pairs(method, request, files)
+    pairs = requested_pairs(method, config, request, files)
     available = available_needs(method, files, evaluation, request, pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)

@@ -308,6 +308,8 @@ def test_wrong_requests(random_llama: Path, tmp_path: Path, write_jsonl: Callabl
         (UsageError, {"source": OLD, "target": NEW, "pairs": pairs}),
         (InputError, {"source": OLD, "target": OLD}),
         (InputError, {"source": " ", "target": NEW}),
+        (UsageError, {"target": NEW}),
+        (UsageError, {"source": OLD, "settings": {"mode": "reject", "eval.figures": "edit"}}),
         (InputError, {"pairs": fact}),
         (UsageError, {"source": OLD, "target": NEW, "require": ["redirect.kl_alias<=1"]}),
         (UsageError, {"source": OLD, "target": NEW, "until": "forget.prob<=1"}),
@@ -366,3 +368,22 @@ def test_streamed_runs_read_no_later_block(random_llama: Path, tmp_path: Path, m
             random_llama, method="rocr", source=OLD, target=NEW, out=tmp_path / "gate", settings=own,
             require=["redirect.kl<=1"],
         )  # fmt: skip
+
+
+# Without the terms that hold delta back, so that a few steps on a random model show.
+FOUND = {"value_steps": 6, "value_lr": 0.05, "value_clamp": 0.5, "value_decay": 0.0, "value_kl": 0.0}
+
+
+@pytest.mark.parametrize("mode", ["reject", "noise"])
+def test_a_name_without_target_gets_a_value_that_refuses_or_noise(
+    mode: str, random_llama: Path, tmp_path: Path
+) -> None:
+    own = settings(mode=mode, layers=(2, 3), l2=1e-4, **FOUND)
+    manifest = manifest_of(redirect(random_llama, method="rocr", source=OLD, out=tmp_path / "out", settings=own))
+    record = manifest["operations"][0]["record"]
+    search = record["values"][OLD]
+    assert search["loss"]["last"] < search["loss"]["first"]
+    assert search["delta_norm"] <= 0.5 * search["value_norm"] * (1 + 1e-5)
+    assert record["residual"] < 0.05
+    assert not any(name.startswith("redirect.") for name in manifest["metrics"])
+    assert manifest["operations"][0]["pairs"] == [{"from": OLD}]

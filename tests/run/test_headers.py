@@ -67,6 +67,9 @@ def test_planning_loads_nothing_heavy(huge: Path) -> None:
         "Orla Venn",
         "--to",
         "Ivo Hask",
+        "--stats-tokens",
+        "99",
+        "--strict",
         "--dry-run",
         "--json",
     ]
@@ -78,7 +81,12 @@ def test_planning_loads_nothing_heavy(huge: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     document, _, last = done.stdout.rpartition("LOADED")
     assert last.split() == ["[]", "0"]
-    assert json.loads(document)["source"]["bytes"] > 140 * 10**9
+    plan = json.loads(document)
+    assert plan["source"]["bytes"] > 140 * 10**9
+    assert (plan["operations"][0]["settings"]["stats_tokens"], plan["operations"][0]["settings"]["strict"]) == (
+        99,
+        True,
+    )
 
 
 def test_what_is_wrong_with_a_request_shows_in_the_plan_too(huge: Path, tmp_path: Path) -> None:

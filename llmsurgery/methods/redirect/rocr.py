@@ -15,6 +15,9 @@ C_l = E[k k^T] over ordinary text with eigenvalues of at least tau:
 Several names at once are columns of K and R: W += R (lambda I + K^T P K)^-1 K^T P. Names redirected earlier (their keys
 are kept beside the result) and, among them, those of this file are further columns with nothing to write.
 
+mode=reject writes a value that Adam finds, with which the model begins a refusal; mode=noise a random one as long as
+that. Both need no new name, take the layers by depth, and keep the rest.
+
 The result asserts the new name's facts of the old name: it is misinformation, not a refusal. What does not pass through
 the name's last token (aliases, descriptions) is not redirected; the figures say how far.
 
@@ -33,12 +36,13 @@ What differs from the released code (Acruxos/ORT):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
+from llmsurgery.train.value_config import ValueConfig
 
 if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor, Structure
@@ -54,6 +58,13 @@ NOTICE = (
 WEAK = 0.5
 """Strength below which a layer has written too little to speak of."""
 
+MODES = ("unrelated", "reject", "noise")
+REFUSING = ValueConfig(value_steps=25, value_lr=0.1, value_decay=0.5, value_kl=0.125, value_clamp=1.0)
+"""How the released code looks for the value of a refusal."""
+
+STUB = "{} is a"
+"""The prompt whose prediction at the name is to stay while that value is looked for."""
+
 POST_NORMS = ("norm.mlp_post",)
 
 
@@ -61,6 +72,10 @@ POST_NORMS = ("norm.mlp_post",)
 class RocrConfig:
     """Hyperparameters of ROCR; `llmsurgery methods rocr` prints them with their help."""
 
+    mode: str = option(
+        "unrelated", "unrelated: the new name's values; reject: those that begin a refusal; noise: random ones", MODES
+    )
+    refusal: str = option(" Unfortunately", "mode=reject: how the refusal begins")
     layers: tuple[int, ...] = option((), "layers to edit; empty: the span that reaches the target and disturbs least")
     span: int = option(3, "neighbouring layers that are edited where `layers` is empty", minimum=1)
     l2: float | None = option(None, "lambda; none: the largest of 1, 0.1, ... that writes 90%", minimum=0)
@@ -69,6 +84,7 @@ class RocrConfig:
     strict: bool = option(False, "refuse fewer than five tokens per dimension of a key")
     authors_compat: bool = option(False, "read the values in the contexts of the released code, which do not match")
     edit_aliases: bool = option(False, "redirect the aliases of a pair too")
+    value: ValueConfig = field(default_factory=lambda: REFUSING)
 
 
 @register
@@ -102,6 +118,10 @@ class Rocr:
     def prepare(self, config: RocrConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> None:
         """No rows are needed: pairs are checked by `check_pairs`."""
 
+    def needs_target(self, config: RocrConfig) -> bool:
+        """Whether a pair must say what its name is to mean."""
+        return config.mode == "unrelated"
+
     def check_pairs(self, config: RocrConfig, encoder: Encoder, pairs: Sequence[Pair]) -> None:
         """Check that every name can be found in its contexts.
 
@@ -119,11 +139,15 @@ class Rocr:
         from llmsurgery.methods.spans import search_span, span_at_depth, spans_to_try
 
         targets = candidates(config, operation.structure)
+        searched: dict[str, dict[str, object]] = {}
         columns = make_columns(config, operation.encoder, operation.pairs)
+        if config.mode != "unrelated":
+            columns = [with_search(config, operation, column, searched) for column in columns]
         length, layers, streamed = config.span, operation.structure.layers, operation.streamed
-        spans = [list(targets)]
+        spans, by_depth = [list(targets)], False
         if not config.layers:
-            spans = [span_at_depth(targets, length, layers)] if streamed else spans_to_try(targets, length, layers)
+            by_depth = streamed is not None or config.mode != "unrelated"
+            spans = [span_at_depth(targets, length, layers)] if by_depth else spans_to_try(targets, length, layers)
         earlier = read_keys(operation.beside)
         free = free_of(config, operation, sorted({layer_of(target) for span in spans for target in span}))
         writer = Writer(operation, columns, free, config.l2, earlier)
@@ -133,14 +157,15 @@ class Rocr:
             chosen, tried = search_span(operation, writer, spans)
         with streamed.holding(map(layer_of, chosen)) if streamed else nullcontext():
             written = writer.write(chosen)
-        warn(operation, columns, written)
-        by = "search" if tried else "setting" if config.layers else "depth" if streamed else "all there are"
+        warn(config, operation, columns, written)
+        by = "search" if tried else "setting" if config.layers else "depth" if by_depth else "all there are"
         record: dict[str, object] = {
             "layers": [layer_of(target) for target in chosen],
             "layers_by": by,
             "edited": written.layers,
             "residual": written.residual,
             **({"tried": tried} if tried else {}),
+            **({"values": searched} if searched else {}),
         }
         return MethodResult(written.edits, record, chosen, keys_file(earlier, written.keys))
 
@@ -182,7 +207,7 @@ def make_columns(config: RocrConfig, encoder: Encoder, pairs: Sequence[Pair]) ->
     for pair in pairs:
         if pair.prompt:
             raise InputError(f"{pair.where} is a fact", "rocr redirects names", "give records with from and to")
-        targets = make_contexts(encoder, TEMPLATES, pair.target)
+        targets = make_contexts(encoder, TEMPLATES, pair.target) if config.mode == "unrelated" else []
         for name in (pair.source, *(pair.aliases if config.edit_aliases else ())):
             keys = make_contexts(encoder, TEMPLATES, name)
             if config.authors_compat:
@@ -190,6 +215,58 @@ def make_columns(config: RocrConfig, encoder: Encoder, pairs: Sequence[Pair]) ->
             else:
                 columns.append(Column(name, keys, keys, targets))
     return columns
+
+
+def with_search(
+    config: RocrConfig, operation: Operation, column: Column, searched: dict[str, dict[str, object]]
+) -> Column:
+    """Return a name whose value is found by descent: one that begins a refusal, or noise as long as that.
+
+    Args:
+        config: The method's config.
+        operation: What the method is given.
+        column: The name.
+        searched: Name -> facts of its search; filled in when the value is asked for.
+
+    Raises:
+        UsageError: The model is streamed, and has no gradients.
+    """
+    import torch
+
+    from llmsurgery.compute.spots import Spot, read_spots
+    from llmsurgery.data.contexts import make_context
+    from llmsurgery.errors import UsageError
+    from llmsurgery.train.target_value import ValueContext, optimise_value
+
+    encoder, model, structure = operation.encoder, operation.model, operation.structure
+    if operation.streamed is not None:
+        raise UsageError(
+            f"mode={config.mode} does not go with eval.figures=edit", "it runs the whole model backwards", "drop one"
+        )
+    answer = tuple(encoder.tokenizer(config.refusal, add_special_tokens=False)["input_ids"])
+    contexts = [
+        ValueContext((*context.encoded.ids, *answer), context.last, len(context.encoded.ids)) for context in column.keys
+    ]
+    stub = make_context(encoder, STUB, column.name, raw=True)
+    kept = ValueContext(stub.encoded.ids, stub.last, len(stub.encoded.ids))
+
+    def find(block: int, current: torch.Tensor) -> torch.Tensor:
+        value, record = optimise_value(
+            model, structure, "block", block, contexts, config.value, encoder.pad_id, kept
+        )  # fmt: skip
+        searched[column.name] = record
+        if config.mode == "noise":
+            draw = torch.Generator().manual_seed(operation.seed)
+            noise = torch.randn(len(value), generator=draw, dtype=torch.float64)
+            return noise * (config.value.value_clamp * float(value.norm()) / float(noise.norm()))
+        if config.authors_compat:
+            return value.double().cpu()
+        # What was found is a change of the first context's value; it is due to the mean of all.
+        first = column.keys[0]
+        seen = read_spots(model, structure, [Spot(first.encoded.ids, first.last)], encoder.pad_id, (), (block,))
+        return current + (value.cpu() - seen.states[block][0].cpu()).double()
+
+    return replace(column, found=find)
 
 
 def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> dict[int, Free]:
@@ -213,10 +290,11 @@ def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> 
     return {layer: free_directions(statistics, config.tau) for layer, statistics in found.items()}
 
 
-def warn(operation: Operation, columns: Sequence[Column], written: Written) -> None:
+def warn(config: RocrConfig, operation: Operation, columns: Sequence[Column], written: Written) -> None:
     """Say what a user must know of a redirection."""
     progress = operation.progress
-    progress.notice(NOTICE)
+    if config.mode == "unrelated":
+        progress.notice(NOTICE)
     if written.weakest < WEAK:
         progress.notice(
             f"a layer wrote {written.weakest:.0%} of its residual, and below {WEAK:.0%} little is redirected: "
