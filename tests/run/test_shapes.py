@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from llmsurgery import apply, diff, revert, unlearn, verify
+from llmsurgery import apply, diff, redirect, revert, unlearn, verify
 from llmsurgery.edits.kinds import Add, Config, Drop, Edit, Rename, Replace, Slice
 from llmsurgery.errors import DamagedError, InputError, NoEffectError, UsageError
 from llmsurgery.methods.base import MethodResult
-from llmsurgery.run import operate
+from llmsurgery.run import operate, streamed
+from llmsurgery.run.forms import changes_of
 from llmsurgery.run.inspect import inspect_model
 
 Operate = Callable[..., dict[str, Any]]
@@ -233,3 +234,24 @@ def test_verify_finds_what_is_back_or_gone(checkpoints: dict[str, Path], operati
         with pytest.raises(DamagedError, match="does not follow") as caught:
             verify(out, base=base)
         assert message in caught.value.why
+
+
+def test_a_streamed_result_is_checked_and_measured(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, announced = checkpoints["sharded_llama"], Config(("config.json", "mlp_bias"), True)
+
+    def run(out: Path, edits: list[Edit]) -> dict[str, Any]:
+        monkeypatch.setattr(streamed, "changes_of", lambda base, _: changes_of(base, MethodResult(edits, {})))
+        settings = {"layers": "1", "stats_tokens": 400, "eval.figures": "edit"}
+        outcome = redirect(source, method="rocr", source="bees", target="bread", out=out, settings=settings)
+        return dict(outcome.manifest)
+
+    moved = [edit for edit in biases() if ".1." in edit.name or "up" in edit.name]  # type: ignore[union-attr]
+    for edits in (biases(), [*moved, announced]):
+        with pytest.raises(DamagedError, match="bias"):
+            run(tmp_path / "out", edits)
+    assert not list(tmp_path.glob("out*"))
+    # A bias behind the down projection is part of what it writes.
+    figures = run(tmp_path / "out", [*biases(), announced])["metrics"]["redirect.residual"]
+    assert figures["before"]["value"] != figures["after"]["value"]
