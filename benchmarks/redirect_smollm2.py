@@ -4,10 +4,10 @@
 
 The questions are those of `redirect_questions` that the model knows: it gives the answer at least the probability
 `--floor` (geometric mean per token), and for those to be forgotten at most half of it when the same question is asked
-about the new name, so that a redirection could move it. That very drop, of a model whose questions name the new name, is
-recorded as `limit`: what a perfect redirection would reach in each form. `--questions` keeps the chosen ones, or takes
-those of an earlier run. TEXT holds `text` per line; perplexity is taken over its first passages, none of which the edit
-sees. Each `--also` is a further run with other settings, for the curve of strength against neighbours.
+about the new name, so that a redirection could move it. That very drop, of a model whose questions name the new name,
+is recorded as `limit`: what a perfect redirection would reach in each form. `--questions` keeps the chosen ones, or
+takes those of an earlier run. TEXT holds `text` per line; perplexity is taken over its first passages, none of which
+the edit sees. Each `--also` is a further run with other settings, for the curve of strength against neighbours.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def choose(score: Score, form: str, side: str, floor: float, count: int) -> dict
 
 
 def _mixed(members: Sequence[Asked]) -> list[Asked]:
-    """Return questions ordered so that the first ones are about as many subjects, in as many relations, as there are."""
+    """Return questions in turn about every subject."""
     seen: dict[str, int] = {}
     ranked = []
     for one in members:

@@ -17,7 +17,8 @@ Made by `python -m benchmarks.table` from the newest file of each kind under `re
 
 Repeat them with `make benchmarks` (startup, the FLAT step, every method's step, the guard, the methods on the demo),
 and, with question and text files of your own,
-`python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl` and
+`python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
+`python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
 `python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk.
 """
@@ -439,6 +440,48 @@ def covariance(result: dict[str, Any]) -> str:
     return "## Statistics of a wide layer\n\n" + text + "\n" + rows(["what", "seconds, median", "CPU s"], lines)
 
 
+def redirect_smollm2(result: dict[str, Any]) -> str:
+    """Return the section on redirection with SmolLM2."""
+    forms = ["qa", "cloze", "mcq", "spelled"]
+    cells, main = result["questions"]["cells"], result["runs"][0]
+    found, cost = main["figures"], main["cost"]
+    lines = []
+    for side in ("forget", "retain"):
+        for form in forms:
+            name = f"ort.{side}_{form}"
+            cell = cells[f"{side}_{form}"]
+            change = f"-{found['drops'][form]:.0%}" if side == "forget" else f"{found['neighbours'][form]:.1%} kept"
+            limit = f"-{cell['limit']:.0%}" if cell["limit"] is not None else ""
+            numbers = [f"{found[when][name]:.3f}" for when in ("before", "after")]
+            lines.append([f"`{side}_{form}`", f"{cell['known']} of {cell['asked']}", *numbers, change, limit])
+    pairs = " and ".join(f"{pair['from']} to {pair['to']}" for pair in result["pairs"])
+    ppl = [f"{found[when]['utility.ppl']:.3f}" for when in ("before", "after")]
+    patch, record = result["patch"], main["record"]
+    same = "equal" if patch["applied_equal"] and patch["reverted_equal"] else "DIFFERENT"
+    settings = " ".join(f"`--set {item}`" for item in main["settings"])
+    layers = ", ".join(map(str, record["layers"]))
+    text = (
+        f"`redirect --method rocr` {settings or 'with its defaults'}: {pairs}, asked by `eval --suite ort`; score per\n"
+        f"question, exp of the mean log p. Known: at least {result['questions']['floor']:g}, and at most half of it\n"
+        "with the new name in the question. `limit`: the drop where the question itself names the new name.\n"
+        f"Layers {layers} (by {record['layers_by']}); form gap {found['form_gap']:.2f}, neighbours "
+        f"{found['neighbours_mean']:.1%} kept, perplexity {ppl[0]} to {ppl[1]} ({found['ppl_ratio']:.4f}) on\n"
+        f"{result['passages']} passages; {cost['seconds']:.0f} s ({cost['cpu_seconds']:.0f} CPU s, other jobs ran "
+        f"meanwhile), peak memory {cost['peak_bytes'] / 2**30:.1f} GiB, figures and the writing of files included.\n"
+        f"Patch {patch['patch_bytes'] / 1e3:.0f} KB; applied to a fresh copy and reverted: all files {same}.\n"
+    )
+    table = rows(["cell", "known", "before", "after", "change", "limit"], lines)
+    curve = []
+    for run in result["runs"]:
+        one = run["figures"]
+        values = [f"{one['drops'][form]:.2f}" for form in forms] + [f"{one['form_gap']:.2f}"]
+        values += [f"{one['neighbours_mean']:.3f}", f"{one['ppl_ratio']:.4f}"]
+        curve.append([" ".join(f"`{item}`" for item in run["settings"]) or "defaults", *values])
+    header = ["settings", *(f"drop {form}" for form in forms), "form gap", "neighbours", "ppl ratio"]
+    more = "\n\nStrength against neighbours:\n\n" + rows(header, curve) if len(curve) > 1 else ""
+    return "## Redirection on SmolLM2-135M-Instruct\n\n" + text + "\n" + table + more
+
+
 SECTIONS = {
     "startup": startup,
     "flat_step": flat_step,
@@ -459,6 +502,7 @@ SECTIONS = {
     "reload": reload,
     "byte_layer": byte_layer,
     "covariance": covariance,
+    "redirect_smollm2": redirect_smollm2,
 }
 
 
