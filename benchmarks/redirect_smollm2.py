@@ -6,7 +6,8 @@ The questions are those of `redirect_questions` that the model knows: it gives t
 `--floor` (geometric mean per token), and for those to be forgotten at most half of it when the same question is asked
 about the new name, so that a redirection could move it. That very drop, of a model whose questions name the new name,
 is recorded as `limit`: what a perfect redirection would reach in each form. `--questions` keeps the chosen ones, or
-takes those of an earlier run. TEXT holds `text` per line; perplexity is taken over its first passages, none of which
+takes those of an earlier run. A form with too few of them is left out, and that is recorded: where a model answers
+multiple choice by the place of the choice, no redirection can move its letters. TEXT holds `text` per line; perplexity is taken over its first passages, none of which
 the edit sees. Each `--also` is a further run with other settings, for the curve of strength against neighbours.
 """
 
@@ -32,6 +33,8 @@ from llmsurgery import apply, diff, evaluate_checkpoints, revert
 
 SIDES = ("forget", "retain")
 BATCH = 16
+ENOUGH = 4
+"""Known questions that a form must have, to be asked and counted."""
 DEPENDS = 0.5
 """Share of its probability that an answer may keep when its question is asked about the new name."""
 
@@ -102,7 +105,13 @@ def choose(score: Score, form: str, side: str, floor: float, count: int) -> dict
             if found >= count // 2:
                 break
     limit = 1 - sum(other) / sum(own) if side == "forget" and own else None
-    return {"records": records, "asked": asked, "known": len(records), "mean": float(np.mean(own)), "limit": limit}
+    return {
+        "records": records,
+        "asked": asked,
+        "known": len(records),
+        "mean": float(np.mean(own)) if own else None,
+        "limit": limit,
+    }
 
 
 def _mixed(members: Sequence[Asked]) -> list[Asked]:
@@ -142,12 +151,17 @@ def redirect_run(source: Path, pairs: Path, out: Path, settings: Sequence[str]) 
     return {"settings": list(settings), "cost": cost, "record": record, "metrics": metrics}
 
 
-def figures(source: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return drops, what neighbours keep, and perplexity, out of an evaluation."""
+def forms_of(chosen: dict[str, Any]) -> list[str]:
+    """Return the forms with enough known questions on both sides."""
+    return [form for form in FORMS if all(chosen["cells"][f"{side}_{form}"]["known"] >= ENOUGH for side in SIDES)]
+
+
+def figures(source: dict[str, Any], model: dict[str, Any], forms: Sequence[str]) -> dict[str, Any]:
+    """Return drops, what neighbours keep, and perplexity, out of an evaluation of some forms."""
     before = {name: one["value"] for name, one in source["metrics"].items()}
     after = {name: one["value"] for name, one in model["metrics"].items()}
-    kept = {form: after[f"ort.retain_{form}"] / before[f"ort.retain_{form}"] for form in FORMS}
-    drops = {form: 1 - after[f"ort.forget_{form}"] / before[f"ort.forget_{form}"] for form in FORMS}
+    kept = {form: after[f"ort.retain_{form}"] / before[f"ort.retain_{form}"] for form in forms}
+    drops = {form: 1 - after[f"ort.forget_{form}"] / before[f"ort.forget_{form}"] for form in forms}
     return {
         "before": before,
         "after": after,
@@ -200,6 +214,7 @@ def main() -> None:
         kept = questions / "chosen.json"
         chosen = json.loads(kept.read_text()) if kept.is_file() else None
         chosen = chosen or make_questions(source, questions, options.floor, options.count)
+        forms = forms_of(chosen)
         pairs = work / "pairs.jsonl"
         lines = [{"from": kind.forget, "to": kind.target, "aliases": list(kind.aliases)} for kind in KINDS]
         pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -215,10 +230,10 @@ def main() -> None:
             suite_dir=questions,
             text=options.text,
             dtype="float32",
-            settings={"text_rows": options.passages},
+            settings={"text_rows": options.passages, "suite.forms": ",".join(forms)},
         )
         for run, model in zip(runs, scored["models"], strict=True):
-            run["figures"] = figures(scored["source"], model)
+            run["figures"] = figures(scored["source"], model, forms)
             print({name: run["figures"][name] for name in ("drops", "form_gap", "neighbours", "ppl_ratio")}, flush=True)
         patch = patch_run(source, outs[0], work)
         print(patch, flush=True)
@@ -228,6 +243,7 @@ def main() -> None:
             "model": options.model.name,
             "pairs": lines,
             "questions": chosen,
+            "forms": forms,
             "passages": options.passages,
             "runs": runs,
             "patch": patch,

@@ -442,8 +442,8 @@ def covariance(result: dict[str, Any]) -> str:
 
 def redirect_smollm2(result: dict[str, Any]) -> str:
     """Return the section on redirection with SmolLM2."""
-    forms = ["qa", "cloze", "mcq", "spelled"]
-    cells, main = result["questions"]["cells"], result["runs"][0]
+    cells, forms, main = result["questions"]["cells"], result["forms"], result["runs"][0]
+    out = [f"{name}: {cell['known']} of {cell['asked']}" for name, cell in cells.items() if name[7:] not in forms]
     found, cost = main["figures"], main["cost"]
     lines = []
     for side in ("forget", "retain"):
@@ -464,7 +464,8 @@ def redirect_smollm2(result: dict[str, Any]) -> str:
         f"`redirect --method rocr` {settings or 'with its defaults'}: {pairs}, asked by `eval --suite ort`; score per\n"
         f"question, exp of the mean log p. Known: at least {result['questions']['floor']:g}, and at most half of it\n"
         "with the new name in the question. `limit`: the drop where the question itself names the new name.\n"
-        f"Layers {layers} (by {record['layers_by']}); form gap {found['form_gap']:.2f}, neighbours "
+        + (f"Left out for want of known questions: {', '.join(out)}.\n" if out else "")
+        + f"Layers {layers} (by {record['layers_by']}); form gap {found['form_gap']:.2f}, neighbours "
         f"{found['neighbours_mean']:.1%} kept, perplexity {ppl[0]} to {ppl[1]} ({found['ppl_ratio']:.4f}) on\n"
         f"{result['passages']} passages; {cost['seconds']:.0f} s ({cost['cpu_seconds']:.0f} CPU s, other jobs ran "
         f"meanwhile), peak memory {cost['peak_bytes'] / 2**30:.1f} GiB, figures and the writing of files included.\n"
