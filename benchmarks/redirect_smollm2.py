@@ -5,10 +5,11 @@
 The questions are those of `redirect_questions` that the model knows: it gives the answer at least the probability
 `--floor` (geometric mean per token), and for those to be forgotten at most half of it when the same question is asked
 about the new name, so that a redirection could move it. That very drop, of a model whose questions name the new name,
-is recorded as `limit`: what a perfect redirection would reach in each form. `--questions` keeps the chosen ones, or
-takes those of an earlier run. A form with too few of them is left out, and that is recorded: where a model answers
-multiple choice by the place of the choice, no redirection can move its letters. TEXT holds `text` per line; perplexity is taken over its first passages, none of which
-the edit sees. Each `--also` is a further run with other settings, for the curve of strength against neighbours.
+is recorded as `limit`: what a perfect redirection would reach in each form. A form with too few of them is left out,
+and that is recorded: where a model answers multiple choice by the place of the choice, no redirection moves its
+letters. `--questions` keeps the chosen ones, or takes those of an earlier run. TEXT holds `text` per line; perplexity
+is taken over its first passages, none of which the edit sees. Each `--also` is a further run with other settings, for
+the curve of strength against neighbours.
 """
 
 from __future__ import annotations
