@@ -115,7 +115,7 @@ def _country(*values: str) -> dict[str, str]:
 
 COUNTRIES = Kind(
     "France",
-    "Japan",
+    "China",
     ("the French", "Paris"),
     COUNTRY_RELATIONS,
     {

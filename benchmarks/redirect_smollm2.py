@@ -36,6 +36,8 @@ SIDES = ("forget", "retain")
 BATCH = 16
 ENOUGH = 4
 """Known questions that a form must have, to be asked and counted."""
+SPELLING = "example"
+"""The model does not follow the instruction to spell; it is shown one spelled answer, as the paper's but Llama are."""
 DEPENDS = 0.5
 """Share of its probability that an answer may keep when its question is asked about the new name."""
 
@@ -64,7 +66,7 @@ def make_score(source: Path) -> Score:
             path = Path(folder) / f"forget_{form}.jsonl"
             path.write_text("".join(json.dumps(record) + "\n" for record in records))
             rows = {f"forget_{form}": read_form(path, form)}
-        encoded = encode_ort(encoder, rows, OrtConfig((form,)), EvaluationConfig()).cells[f"forget_{form}"]
+        encoded = encode_ort(encoder, rows, OrtConfig((form,), SPELLING), EvaluationConfig()).cells[f"forget_{form}"]
         found = score_rows(model, encoded, encoder.pad_id, BATCH, Silent(), "")
         return np.array([answer_probability(row) for row in found])
 
@@ -231,7 +233,7 @@ def main() -> None:
             suite_dir=questions,
             text=options.text,
             dtype="float32",
-            settings={"text_rows": options.passages, "suite.forms": ",".join(forms)},
+            settings={"text_rows": options.passages, "suite.forms": ",".join(forms), "suite.spelling": SPELLING},
         )
         for run, model in zip(runs, scored["models"], strict=True):
             run["figures"] = figures(scored["source"], model, forms)
