@@ -134,6 +134,10 @@ def make_questions(source: Path, folder: Path, floor: float, count: int) -> dict
     chosen: dict[str, Any] = {}
     for form in FORMS:
         for side in SIDES:
+            if side == "retain" and chosen[f"forget_{form}"]["known"] < ENOUGH:
+                # The form is left out: its neighbours need not be looked for.
+                chosen[f"retain_{form}"] = {"asked": 0, "known": 0, "mean": None, "limit": None}
+                continue
             found = choose(score, form, side, floor, count)
             lines = "".join(json.dumps(record) + "\n" for record in found.pop("records"))
             (folder / f"{side}_{form}.jsonl").write_text(lines)
