@@ -319,7 +319,11 @@ def attacks(result: dict[str, Any]) -> str:
         return "" if value is None else f"{value:.2f}"
 
     lines, budgets = [], {}
-    for name, found in result["results"].items():
+    # Results may have been attacked apart.
+    attacked: dict[str, Any] = {}
+    for file in sorted(RESULTS.glob("attacks_smollm2_control-2*.json")):
+        attacked |= json.loads(file.read_text())["results"]
+    for name, found in attacked.items():
         for attack, one in found.items():
             rows_known = one.get("control_rows") or {}
             control = f"{number(rows_known.get('before'))} to {number(rows_known.get('after'))}" if rows_known else ""
