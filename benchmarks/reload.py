@@ -1,6 +1,6 @@
 """Every plain result, loaded by stock transformers in a fresh process, against its edits computed in memory.
 
-    python -m benchmarks.reload [--result SOURCE RESULT ...]
+    python -m benchmarks.reload [--no-demo] [--result SOURCE RESULT ...]
 
 Every method of `unlearn` runs twice on the embedded demo with the same seed and few steps: once to a checkpoint, once
 to a patch, which holds the edits alone. The checkpoint is loaded in a fresh process that imports nothing of llmsurgery;
@@ -127,10 +127,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", nargs=2, action="append", default=[], metavar=("SOURCE", "RESULT"), type=Path)
+    parser.add_argument("--no-demo", action="store_true", help="look at the given results alone")
     options = parser.parse_args()
     methods: dict[str, object] = {}
     results: dict[str, object] = {}
-    for method in all_methods():
+    for method in [] if options.no_demo else all_methods():
         if method.spec.task == "unlearn":
             with tempfile.TemporaryDirectory() as folder:
                 methods[method.spec.name] = compare_logits(*run_method(method.spec, Path(folder)), Path(folder))

@@ -343,11 +343,16 @@ def attacks(result: dict[str, Any]) -> str:
     return f"## Attacks on {result['model']}\n\n" + text + "\n" + rows([*header, "verdict", "reason"], lines)
 
 
-def reload(result: dict[str, Any]) -> str:
+def reload(_: dict[str, Any]) -> str:
     """Return the section on results loaded by stock transformers."""
     lines = []
-    for kind in ("methods", "results"):
-        for name, row in result[kind].items():
+    found: dict[str, Any] = {"methods": {}, "results": {}}
+    # The newest of each: they may have been looked at apart.
+    for file in sorted(RESULTS.glob("reload-2*.json")):
+        document = json.loads(file.read_text())
+        found = {kind: found[kind] | document[kind] for kind in found}
+    for kind, named in found.items():
+        for name, row in named.items():
             same = "equal" if not row["different_positions"] else f"{row['different_positions']} positions differ"
             where = "demo" if kind == "methods" else "SmolLM2"
             cells = [f"{row['tensors']}", row["dtype"], f"{row['logits']:,}", same, "yes" if row["moved"] else "NO"]
