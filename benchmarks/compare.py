@@ -86,9 +86,11 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--join", nargs="+", type=Path, required=True)
         parser.add_argument("--drop", nargs="*", default=[])
+        parser.add_argument("--model-name", help="what readers call the model")
         parser.add_argument("--remark", help="what a reader must know of the runs")
         options = parser.parse_args(words)
         document = join_documents(options.join, options.drop)
+        document["model"] = options.model_name or document["model"]
         if options.remark:
             document["remark"] = options.remark
     else:

@@ -360,7 +360,8 @@ def reload(_: dict[str, Any]) -> str:
     text = (
         "Every plain result, loaded by `AutoModelForCausalLM.from_pretrained` in a fresh process that imports nothing\n"
         "of llmsurgery, against the source's tensors with the edits of a second run (`--save patch`, the same seed)\n"
-        "added in memory: logits on fixed prompts, bit for bit. `moved`: they differ from the source's.\n"
+        "added in memory, or of a larger result those that `llmsurgery diff` finds: logits on fixed prompts, bit for\n"
+        "bit. `moved`: they differ from the source's.\n"
     )
     header = ["result", "model", "edited tensors", "dtype", "logits compared", "bits", "moved"]
     return "## Reloaded by stock transformers\n\n" + text + "\n" + rows(header, lines)
