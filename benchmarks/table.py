@@ -312,7 +312,7 @@ def comparison(result: dict[str, Any]) -> str:
     return f"## {title} {where}\n\n{text}\n" + comparison_markdown(result)
 
 
-def attacks(result: dict[str, Any]) -> str:
+def attacks(_: dict[str, Any]) -> str:
     """Return the section on attacked results, their control being rows that the source does not know."""
 
     def number(value: float | None) -> str:
@@ -340,7 +340,12 @@ def attacks(result: dict[str, Any]) -> str:
         f"the control rows gained in the same unit, and the difference. Budget: {said}.\n"
     )
     header = ["result", "attack", "source", "before", "after", "control rows", "recovery", "control gain", "excess"]
-    return f"## Attacks on {result['model']}\n\n" + text + "\n" + rows([*header, "verdict", "reason"], lines)
+    return (
+        "## Attacks on SmolLM2-135M-Instruct, with control rows\n\n"
+        + text
+        + "\n"
+        + rows([*header, "verdict", "reason"], lines)
+    )
 
 
 def reload(_: dict[str, Any]) -> str:
