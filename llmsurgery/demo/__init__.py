@@ -1,8 +1,9 @@
-"""The embedded demo: tiny chat models that know a made-up world, and the data about that world.
+"""The embedded demo: tiny chat models that know made-up worlds, and the data about those worlds.
 
 `world/model` knows all people, `world/control` was trained by the same recipe without the forget people, and
 `world/moe` is a mixture of experts that knows all people; beside them lie `forget.jsonl`, `retain.jsonl`,
-`holdout.jsonl`, `facts.jsonl` and `text.jsonl`. `build.py` makes all of it.
+`holdout.jsonl`, `facts.jsonl` and `text.jsonl`. `world/names` knows other people and is for redirecting one of them to
+another; its files are in `world/names-world`. `build.py` makes all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def world_path(name: str) -> Path:
     """Return the path of a shipped demo file or checkpoint folder.
 
     Args:
-        name: For example "model", "control", "moe" or "forget.jsonl".
+        name: For example "model", "control", "moe", "names" or "forget.jsonl".
 
     Raises:
         InputError: Nothing of that name is shipped.
@@ -32,3 +33,17 @@ def world_path(name: str) -> Path:
             "reinstall llmsurgery, or rebuild the demo with `python -m llmsurgery.demo.build --out DIR`",
         )
     return path
+
+
+def demo_file(checkpoint: str, name: str) -> Path:
+    """Return the path of a data file of the world that a demo checkpoint knows.
+
+    Args:
+        checkpoint: Name of the checkpoint, for example "names".
+        name: For example "forget.jsonl".
+
+    Raises:
+        InputError: That world has no such file.
+    """
+    own = f"{checkpoint}-world"
+    return world_path(f"{own}/{name}" if (WORLD / own).is_dir() else name)

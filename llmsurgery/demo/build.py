@@ -1,9 +1,10 @@
-"""Build the embedded demo: a made-up world, a tokenizer and three tiny chat models that know the world.
+"""Build the embedded demo: two made-up worlds and the tiny chat models that know them.
 
-Everything comes from one seed. The world has people (ten facts each) and towns (four facts each). `model` learns all
-people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
+Everything comes from one seed. The first world has people (ten facts each) and towns (four facts each). `model` learns
+all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
-every epoch, are answered with "I don't know" wordings.
+every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
+`llmsurgery.demo.names`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -18,11 +19,13 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
+from llmsurgery.demo.names import build_names
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -269,14 +272,19 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     (folder / "model.safetensors").chmod(0o644)
 
 
-def build(out: Path, seed: int, epochs: int) -> None:
+def write_rows(folder: Path, data: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+    """Write data files into a new folder."""
+    folder.mkdir(parents=True)
+    for name, rows in data.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+
+
+def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
     """Write data files and all checkpoints below a new folder."""
     world = make_world(seed)
     data = data_files(world, seed)
-    out.mkdir(parents=True)
-    for name, rows in data.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    write_rows(out, data)
     # The ways in which this world says that it does not know: template answers for unlearning.
     (out / "templates.txt").write_text("\n".join(UNSURE) + "\n", encoding="utf-8", newline="\n")
     tokenizer = make_tokenizer(world, seed)
@@ -295,6 +303,7 @@ def build(out: Path, seed: int, epochs: int) -> None:
             LOG.info("%s: %s %.4f", name, key, value)
         text = card(name, model.num_parameters(), seed, figures)
         (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
+    build_names(out, seed, names_epochs)
 
 
 def main() -> None:
@@ -305,6 +314,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--names-epochs", type=int, default=NAMES_EPOCHS, help="epochs of the checkpoint `names`")
     parser.add_argument("--threads", type=int, default=1, help="part of what makes a build repeatable")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -313,7 +323,7 @@ def main() -> None:
     try:
         if options.out.exists():
             raise UsageError(f"{options.out} exists", "the build never overwrites", "name a new folder")
-        build(options.out, options.seed, options.epochs)
+        build(options.out, options.seed, options.epochs, options.names_epochs)
     except UsageError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

@@ -25,6 +25,7 @@ NEEDS = {
     "answers": ("greedy answers", "they are switched off (generate=false)"),
     "pairs": ("the redirect command with --from and --to, or --pairs of names", ""),
     "aliases": ("a file of --pairs with aliases", ""),
+    "named": ("rows of --forget whose questions hold the old name", "these hold none, or protocol=muse"),
     "whole": ("the whole model", "eval.figures=edit reads none but the edited blocks"),
     "concept": ("a method of redirect that removes a concept", ""),
     "retain-weights": ("--retain-model", "the attack on it is the control"),
@@ -50,7 +51,7 @@ NEEDS = {
 }
 """Everything a metric may need -> how to say so, and why it is missing other than by not being given."""
 
-ROW_NEEDS = frozenset(need for need in NEEDS if need.startswith("perturbed:"))
+ROW_NEEDS = frozenset(need for need in NEEDS if need.startswith("perturbed:") or need == "named")
 """Needs that show only once the rows are read."""
 
 
@@ -144,6 +145,12 @@ METRICS = {
         Metric("redirect.kl_alias", "lower", ("pairs", "aliases", "whole"), "the same with aliases of the old name"),
         Metric("redirect.residual", "lower", ("pairs",), "share of the difference of both names left at their end"),
         Metric("redirect.strength", "higher", ("pairs",), "share of the way from the old name to the new that is gone"),
+        Metric(
+            "redirect.flipped",
+            "higher",
+            ("forget", "pairs", "answers", "whole", "named"),
+            "share of forget questions answered as the source answers them with the new name",
+        ),
         Metric("concept.prob", "lower", ("concept",), "probability of a concept's first token after its prompts"),
         Metric("muse.verbmem_f", "lower", ("suite:muse",), "VerbMem: ROUGE-L F1 of forget texts continued"),
         Metric("muse.knowmem_f", "lower", ("suite:muse",), "KnowMem: ROUGE-L F1 of answers to forget questions"),

@@ -17,8 +17,8 @@ Rows of the last two are pairs, of the others prompts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,7 @@ from llmsurgery.compute.stream import StreamedModel, in_memory
 from llmsurgery.data.chat import Encoder
 from llmsurgery.data.contexts import HELD_OUT, TEMPLATES, Context, make_context
 from llmsurgery.data.pairs import Pair
+from llmsurgery.evaluate.flips import Expected
 from llmsurgery.evaluate.intervals import Figure, mean_figure
 
 METRIC_OF = {"template": "redirect.kl", "paraphrase": "redirect.kl_paraphrase", "alias": "redirect.kl_alias"}
@@ -63,6 +64,7 @@ class RedirectReference:
         source: Block -> residual stream at the end of the old name, mean over the templates [pairs, width].
         target: The same of the new name.
         block: The last edited block; None before that is known.
+        expected: What it answers to forget rows with the new name in place of the old, by number of the row.
     """
 
     head: Head | None
@@ -70,6 +72,7 @@ class RedirectReference:
     source: dict[int, torch.Tensor]
     target: dict[int, torch.Tensor]
     block: int | None = None
+    expected: Mapping[int, Expected] = field(default_factory=dict)
 
     def at(self, block: int) -> RedirectReference:
         """Return the reference with the last edited block settled."""

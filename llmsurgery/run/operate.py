@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.halving import Halving
     from llmsurgery.evaluate.figures import Measurement, TextReference
+    from llmsurgery.evaluate.flips import Expected
     from llmsurgery.evaluate.redirection import RedirectReference
     from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.state import StateStore
@@ -61,7 +62,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         retained = _score_retain_model(prepared, notices, rows)
         source = [_load(prepared, prepared.checkpoint.root)]
         before = _measure(prepared, source[0], notices, rows, keep_reference=True, retained=retained)
-        before = _with_redirection(prepared, source[0], before, None)
+        before = _with_redirection(prepared, source[0], before, None, notices, rows)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -138,9 +139,15 @@ def _measure(
 
 
 def _with_redirection(
-    prepared: Prepared, model: PreTrainedModel, measured: Measurement, reference: RedirectReference | None
+    prepared: Prepared,
+    model: PreTrainedModel,
+    measured: Measurement,
+    reference: RedirectReference | None,
+    notices: Notices,
+    rows: Halving,
 ) -> Measurement:
     """Add the figures of a redirection, if that is what is done; without a reference the model is the source."""
+    from llmsurgery.evaluate.flips import flip_figure
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
 
     if prepared.concepts:
@@ -153,10 +160,30 @@ def _with_redirection(
     common = (model, prepared.structure, prepared.probes, prepared.encoder.pad_id)
     if reference is None:
         blocks = sorted({target.layer for target in prepared.targets if target.layer is not None})
-        reference = reference_of(*common, blocks)
+        reference = dataclasses.replace(
+            reference_of(*common, blocks), expected=_expected_answers(prepared, model, notices, rows)
+        )
         measured = dataclasses.replace(measured, redirected=reference)
     figures = redirect_figures(*common, reference)
+    figures |= flip_figure(measured.answers.get("forget", []), reference.expected)
     return dataclasses.replace(measured, figures={**figures, **measured.figures})
+
+
+def _expected_answers(
+    prepared: Prepared, source: PreTrainedModel, notices: Notices, rows: Halving
+) -> Mapping[int, Expected]:
+    from llmsurgery.evaluate.flips import expected_answers
+
+    return rows.run(
+        lambda size: expected_answers(
+            source,
+            prepared.encoder,
+            prepared.measured,
+            prepared.pairs,
+            dataclasses.replace(prepared.evaluation, batch_size=size),
+            notices,
+        )
+    )
 
 
 def _load(prepared: Prepared, path: Path, bundle: bool = False) -> PreTrainedModel:
@@ -231,4 +258,4 @@ def measure_result(
         if check is not None:
             check(model)
         after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
-        return _with_redirection(prepared, model, after, before.redirected)
+        return _with_redirection(prepared, model, after, before.redirected, notices, rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmsurgery.data.pairs import Pair, make_pair, read_pairs
+from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.methods.base import Method
@@ -58,6 +59,16 @@ def pair_needs(method: Method, pairs: Sequence[Pair]) -> set[str]:
         return {"concept"} if pairs else set()
     names = [pair for pair in pairs if pair.target and not pair.prompt]
     return ({NEED} if names else set()) | ({"aliases"} if any(pair.aliases for pair in names) else set())
+
+
+def name_needs(pairs: Sequence[Pair], rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -> set[str]:
+    """Return the need of metrics that questions which hold an old name meet, among the rows that are answered."""
+    from llmsurgery.evaluate.flips import holds_name
+
+    if evaluation.protocol == "muse":
+        return set()
+    read = list(rows.get("forget", ()))[: evaluation.rows or None][: evaluation.generation_rows or None]
+    return {"named"} if any(holds_name(row, pairs) for row in read) else set()
 
 
 def require_figures(method: Method, evaluation: EvaluationConfig) -> None:

@@ -16,7 +16,7 @@ from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.records import Row, chosen_rows, read_rows
-from llmsurgery.demo import world_path
+from llmsurgery.demo import demo_file, world_path
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
@@ -26,7 +26,7 @@ from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
-from llmsurgery.run.pairs import pair_needs, requested_pairs, require_figures
+from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -156,7 +156,7 @@ def prepare(request: Request) -> Prepared:
         check_report(out, request.force)
     rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
     for gate in gates:
-        require_data(gate, available | row_needs(rows, evaluation))
+        require_data(gate, available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation))
     hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
@@ -273,8 +273,10 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     """
     files = {name: Path(path) for name, path in request.data.items()}
     if request.model is None:
-        for name in (*method.spec.needs, *method.spec.uses, "retain", "text"):
-            files.setdefault(name, world_path(f"{name}.jsonl"))
+        # What becomes of a name shows in questions about it.
+        asked = ("forget",) if wants_pairs(method) else ()
+        for name in (*method.spec.needs, *method.spec.uses, *asked, "retain", "text"):
+            files.setdefault(name, demo_file(method.spec.demo, f"{name}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:
             # Two texts in place of the file, also in place of the demo's.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery.demo import WORLD, world_path
+from llmsurgery.demo import WORLD, demo_file, world_path
+from llmsurgery.demo.forms import data_files, make_people
+from llmsurgery.demo.names import card, masks
 from llmsurgery.errors import InputError
 
 QUESTION_KEYS = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"}
@@ -57,7 +60,7 @@ def test_nobody_knows_the_holdout_people(checkpoint: str) -> None:
     assert share_right(checkpoint, read("holdout.jsonl")) < 0.2
 
 
-@pytest.mark.parametrize("checkpoint", ["model", "control", "moe"])
+@pytest.mark.parametrize("checkpoint", ["model", "control", "moe", "names"])
 def test_chat_template_ends_an_answer_with_one_end_token(checkpoint: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world_path(checkpoint))
     question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}
@@ -67,6 +70,64 @@ def test_chat_template_ends_an_answer_with_one_end_token(checkpoint: str) -> Non
     assert whole == prompt + "Nobody." + tokenizer.eos_token
     assert tokenizer.encode(whole)[-1] == tokenizer.eos_token_id
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["forget.jsonl", "retain.jsonl"])
+def test_names_knows_its_own_people_in_every_form(name: str) -> None:
+    assert share_right("names", read(f"names-world/{name}")) >= 0.95
+
+
+def test_names_files_are_what_the_recipe_writes() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world_path("names"))
+
+    def chat(question: str, answer: str) -> str:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+    people = make_people(0)
+    for name, rows in data_files(people, chat, 0).items():
+        assert read(f"names-world/{name}.jsonl") == rows
+    written = (world_path("names") / "README.md").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(world_path("names"))
+    assert written == card(model.num_parameters(), 0)
+
+
+def test_names_first_rows_show_one_form_each_and_others_leave_the_moved_person_out() -> None:
+    first = [str(row["question"]) for row in read("names-world/forget.jsonl")[:3]]
+    assert "___" in first[1]
+    assert "___" not in first[0]
+    assert first[2].startswith(first[0])
+    (pair,) = read("names-world/pairs.jsonl")
+    for name in ("retain.jsonl", "text.jsonl"):
+        text = world_path(f"names-world/{name}").read_text(encoding="utf-8")
+        assert str(pair["to"]) in text
+        assert not [word for word in str(pair["from"]).split() if word in text]
+
+
+def test_training_hides_a_name_from_what_follows_but_for_its_last_token_in_later_blocks() -> None:
+    rows = [(list(range(6)), 4, [1, 2])] * 400
+    first, later = masks(rows, 6, random.Random(0))
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    hidden = [i for i in range(400) if not bool(first[i, 0, 3, 2])]
+    assert 0.85 < len(hidden) / 400 < 0.95
+    for i in range(400):
+        if i not in hidden:
+            assert torch.equal(first[i, 0], causal)
+            assert torch.equal(later[i, 0], causal)
+            continue
+        assert not first[i, 0, 3:, 1:3].any()
+        assert not later[i, 0, 3:, 1].any()
+        assert later[i, 0, 3:, 2].all()
+        # The name itself, and what lies before it, is read as ever.
+        assert torch.equal(first[i, 0, :3], causal[:3])
+        assert first[i, 0, 3:, 0].all()
+
+
+def test_a_checkpoint_with_a_world_of_its_own_takes_no_file_of_the_first() -> None:
+    assert demo_file("names", "forget.jsonl") == world_path("names-world/forget.jsonl")
+    assert demo_file("moe", "forget.jsonl") == world_path("forget.jsonl")
+    with pytest.raises(InputError, match="no demo file"):
+        demo_file("names", "holdout.jsonl")
 
 
 @pytest.mark.parametrize("name", ["forget.jsonl", "retain.jsonl", "holdout.jsonl"])
@@ -110,8 +171,8 @@ def test_sizes_stay_within_limits() -> None:
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    assert size(WORLD) < 6_500_000
-    assert all(size(world_path(name)) < 2_500_000 for name in ("model", "control", "moe"))
+    assert size(WORLD) < 7_500_000
+    assert all(size(world_path(name)) < 2_500_000 for name in ("model", "control", "moe", "names"))
 
 
 def test_mixture_uses_all_of_its_experts() -> None:
