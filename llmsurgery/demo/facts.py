@@ -137,6 +137,7 @@ def data_files(world: World, seed: int) -> dict[str, list[Row]]:
         "holdout": rows(world.holdout),
         "text": [{"text": passage(subject, rng, held_out=True)} for subject in texts[:TEXT_ROWS]],
         "facts": facts,
+        "pairs": [{"from": world.forget[0].name, "to": world.retain[0].name}],
     }
 
 
