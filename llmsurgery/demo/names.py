@@ -70,12 +70,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, name: str, question: str, answer:
     from llmsurgery.demo.build import END
 
     turn = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start = text.rfind(name)
     end = start + len(name)
     places = [i for i, (left, right) in enumerate(encoded["offset_mapping"]) if left < end and right > start]
-    head = encoded["input_ids"]
+    head: list[int] = encoded["input_ids"]
     return head + tokenizer.encode(answer + END, add_special_tokens=False), len(head), places
 
 
@@ -118,7 +118,8 @@ def train(people: list[Person], tokenizer: PreTrainedTokenizerFast, seed: int, e
     def see(_: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "attention_mask": shown[-1]}
 
-    handle = model.model.layers[0].self_attn.register_forward_pre_hook(see, with_kwargs=True)
+    attention: Any = model.model.layers[0].self_attn
+    handle = attention.register_forward_pre_hook(see, with_kwargs=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
     total = epochs * math.ceil(sum(1 for _ in epoch_rows(people, random.Random(0))) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(
