@@ -16,7 +16,7 @@ FORMS = ("question", "cloze", "choice", "spelled")
 SHOWN = ("question", "cloze", "spelled")
 """Forms that the model has learned, and that the data ask in."""
 
-MOVED, AIM, KEPT_PEOPLE, TEXT_ROWS = 0, 9, 12, 160
+MOVED, AIM, KEPT_PEOPLE, TEXT_ROWS = 0, 9, 6, 160
 """Number of the person redirected and of whom to; how many others are asked about; rows of text."""
 
 NAMES = tuple(f"{given} {surname}" for given, surname in zip(GIVEN[20:36], SURNAMES[20:36], strict=True))

@@ -81,7 +81,8 @@ def _worth_keeping(error: BaseException) -> bool:
 
 def identity(prepared: Prepared) -> dict[str, object]:
     """Return what decides the bytes of a result, as JSON values."""
-    import peft
+    from importlib.metadata import version
+
     import torch
     import transformers
 
@@ -102,7 +103,7 @@ def identity(prepared: Prepared) -> dict[str, object]:
         "guard": [prepared.guard, as_record(prepared.guarding)],
         "until": None if prepared.until is None else str(prepared.until),
         "threads": torch.get_num_threads(),
-        "versions": [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes_version(prepared)],
+        "versions": [torch.__version__, transformers.__version__, version("peft"), bitsandbytes_version(prepared)],
     }
 
 

