@@ -157,13 +157,15 @@ def data_files(people: list[Person], chat: Callable[[str, str], str], seed: int)
         chat: Writes question and answer as a chat with its end token.
         seed: Seed of the draw of text.
     """
-    moved, others = people[MOVED], [person for person in people if person is not people[MOVED]]
+    moved, aim = people[MOVED], people[AIM]
+    # Whom the name is redirected to must stay as well.
+    kept = [aim, *(person for person in people if person not in (moved, aim))][:KEPT_PEOPLE]
     rng = random.Random(seed + 9)
     talk = [(question, answer) for name, question, answer in epoch_rows(people, rng) if name != moved.name]
     rng.shuffle(talk)
     return {
-        "pairs": [{"from": moved.name, "to": people[AIM].name}],
+        "pairs": [{"from": moved.name, "to": aim.name}],
         "forget": list(question_rows(moved)),
-        "retain": [row for i, person in enumerate(others[:KEPT_PEOPLE]) for row in question_rows(person, i)],
+        "retain": [row for i, person in enumerate(kept) for row in question_rows(person, i)],
         "text": [{"text": chat(question, answer)} for question, answer in talk[:TEXT_ROWS]],
     }
