@@ -20,7 +20,8 @@ and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
 `python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
-`python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk.
+`python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
+`python -m benchmarks.redirect_7b SCRATCH --make --tokenizer FOLDER`, with FOLDER a byte-pair tokenizer.
 """
 
 
@@ -498,6 +499,65 @@ def redirect_smollm2(result: dict[str, Any]) -> str:
     return "## Redirection on SmolLM2-135M-Instruct\n\n" + text + "\n" + table + more
 
 
+def redirect_7b(result: dict[str, Any]) -> str:
+    """Return the section on one redirection of a large checkpoint."""
+    names = {
+        "cp shards": "`cp` of the changed shard, then sync",
+        "forward": "the forward alone: read and run the first blocks",
+        "redirect --link": "`redirect --link --no-undo`",
+        "redirect --link, undo": "`redirect --link`",
+        "transformers": "transformers: load, edit one matrix, save, then sync",
+        "mergekit": f"mergekit {result['mergekit']} passthrough, one matrix, then sync",
+        "rome": "plain ROME in memory: load, keys of 32 tokens, edit, save, then sync",
+    }
+    lines = []
+    for name, title in names.items():
+        runs, row = result["runs"].get(name), result["median"].get(name)
+        if not runs:
+            continue
+        seconds = [run["seconds"] for run in runs]
+        ratio = f"{row['seconds'] / result['floor_seconds']:.2f}x" if name not in ("cp shards", "forward") else ""
+        lines.append(
+            [
+                title,
+                f"{row['seconds']:.1f} ({min(seconds):.1f} to {max(seconds):.1f}, {len(runs)} runs)",
+                ratio,
+                f"{row['cpu_seconds']:.1f}",
+                f"{max(run['peak_bytes'] for run in runs) / 2**20:,.0f}",
+                f"{row['own_bytes'] / 1e9:.2f}" if "own_bytes" in row else "",
+            ]
+        )
+    own = next(run for name in ("redirect --link", "redirect --link, undo") for run in result["runs"].get(name, []))
+    loads = [run["load"] for runs in result["runs"].values() for run in runs]
+    first = next((runs[0] for runs in result["first"].values()), None)
+    once = f"The first run, which also makes the statistics, took {first['seconds']:.0f} s.\n" if first else ""
+    layers = ", ".join(map(str, result["layers"]))
+    changed = next((run["changed"] for runs in result["runs"].values() for run in runs if "changed" in run), None)
+    checked = "" if changed is None else f" {len(changed)} of 291 tensors differ from the checkpoint's in a byte."
+    light = [
+        [f"`{name}`" if name != "plan of 70B" else "`redirect --dry-run` of 70B shapes, 141 GB, headers alone",
+         f"{row['median']:.2f} ({row['minimum']:.2f} to {row['maximum']:.2f})"]
+        for name, row in result["light"].items()
+    ]  # fmt: skip
+    text = (
+        f"`redirect --method rocr --set eval.figures=edit --set stats_tokens={result['stats_tokens']}`: one name, "
+        f"layers {layers}, in random bf16\nweights of Llama 7B's shapes ({result['checkpoint_bytes'] / 1e9:.2f} GB, "
+        f"3 shards) and SmolLM2's tokenizer cut to 32,000 tokens, computed in\n{result['dtype']} with statistics from "
+        f"the cache, on {result['file_system']}. Before every run checkpoint and statistics are taken\nout of the page "
+        "cache; every output is synced. The floor is `cp` and the forward alone, which runs the 12 prompts\n"
+        f"({result['prompt_tokens']} tokens) as one padded batch through blocks 0 to {result['layers'][-1]}, imports "
+        "included. `redirect` measures the source, writes,\nand measures the written result: it reads these blocks "
+        f"twice.{checked}\n{once}"
+        f"`redirect.strength` after: {own['metrics']['redirect.strength']:.2f}. Other jobs shared the machine (load "
+        f"{min(loads):.1f} to {max(loads):.1f}, priority {result['nice']}): read the ranges.\n"
+    )
+    header = ["command", "seconds, median", "of the floor", "CPU s", "peak MiB", "GB written"]
+    return (
+        "## One redirection of 13.5 GB\n\n" + text + "\n" + rows(header, lines)
+        + "\n\n" + rows(["command, process start included", "seconds, median"], light)
+    )  # fmt: skip
+
+
 SECTIONS = {
     "startup": startup,
     "flat_step": flat_step,
@@ -517,6 +577,7 @@ SECTIONS = {
     "attacks_smollm2_control": attacks,
     "reload": reload,
     "byte_layer": byte_layer,
+    "redirect_7b": redirect_7b,
     "covariance": covariance,
     "redirect_smollm2": redirect_smollm2,
 }

@@ -31,6 +31,9 @@ Solve = Callable[[torch.Tensor], torch.Tensor]
 BLOCK_ENTRIES = 2**22
 """Entries of a matrix that are widened to float64 at once."""
 
+_DIRECTIONS = 512
+"""Protected directions that are widened to float64 at once."""
+
 EXACT = 1e-6
 """How far the share of a residual that is written may be from 1 where all of it is to be written."""
 
@@ -104,8 +107,12 @@ def project_out(vectors: torch.Tensor, protected: torch.Tensor | None) -> torch.
     vectors = vectors.double()
     if protected is None or not protected.shape[1]:
         return vectors
-    basis = protected.to(vectors)
-    return vectors - basis @ (basis.T @ vectors)
+    left = vectors.clone()
+    # Orthonormal directions can be taken out one after the other, and need not all be widened at once.
+    for basis in protected.split(_DIRECTIONS, 1):
+        wide = basis.to(vectors)
+        left -= wide @ (wide.T @ vectors)
+    return left
 
 
 def moment_solve(second: torch.Tensor, ridge: float = 0.0) -> Solve:

@@ -9,20 +9,22 @@ from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.checkpoint import decode, encode
+from llmsurgery.compute.stream import StreamedModel
 from llmsurgery.compute.view import weight_view
 
-BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**18
+"""Entries that are computed at once: temporaries of a few megabytes stay in the processor's cache."""
 
 
 def write_low_rank(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     target: RoleTensor,
     stored: npt.NDArray[np.floating],
     left: torch.Tensor,
     right: torch.Tensor,
     keys: torch.Tensor,
 ) -> torch.Tensor:
-    """Set a matrix of a loaded model to W + left @ right, rounded once to the stored dtype.
+    """Set a matrix of a loaded or streamed model to W + left @ right, rounded once to the stored dtype.
 
     Args:
         model: The model.
@@ -35,7 +37,7 @@ def write_low_rank(
     Returns:
         What the change adds at the keys after rounding [outputs, c], float64.
     """
-    view = weight_view(model, target)
+    view = model.replacement(target) if isinstance(model, StreamedModel) else weight_view(model, target)
     u, v, at = left.cpu().numpy(), right.cpu().numpy(), keys.double().cpu().numpy()
     outputs = stored.shape[1] if target.transposed else stored.shape[0]
     added = np.zeros((outputs, at.shape[1]))

@@ -34,11 +34,15 @@ class Call(Generic[T]):
     Attributes:
         place: Block that it waits for, None if it has not begun or is over.
         result: What `work` returned; None if it was ended.
+        batch: Digest of its batch, once the first block has been reached and if anybody asked.
+        start: Block that it begins at, and what enters that; None: the first one.
     """
 
     def __init__(self, work: Callable[[], T], device: torch.device) -> None:
         self.place: int | None = None
         self.result: T | None = None
+        self.batch: bytes | None = None
+        self.start: tuple[int, torch.Tensor] | None = None
         self._work, self._device = work, device
         self._error: BaseException | None = None
         self._ending = False

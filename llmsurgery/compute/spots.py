@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.compute.blocks import blocks_path, first_blocks
 from llmsurgery.compute.head import backbone
+from llmsurgery.compute.packing import Batch, make_batch
 from llmsurgery.compute.residual import first_tensor
 from llmsurgery.compute.stream import StreamedModel, in_memory
 
@@ -51,8 +52,11 @@ def read_spots(
     blocks: Sequence[int] = (),
     ends: bool = False,
     batch_rows: int = BATCH_ROWS,
+    breaks: Sequence[int] = (),
 ) -> Seen:
     """Run prompts and keep what is seen at their spots.
+
+    Tokens behind a spot are left out where nothing is wanted of them: a token sees those before it alone.
 
     Args:
         model: A causal language model in eval mode, loaded or streamed; of a streamed one later blocks are not read.
@@ -63,13 +67,18 @@ def read_spots(
         blocks: Blocks whose outputs are wanted.
         ends: Whether the final hidden states of the last tokens are wanted; else later blocks are not run.
         batch_rows: Prompts per forward.
+        breaks: Numbers of prompts that begin a forward of their own.
     """
     plain, path = in_memory(model), blocks_path(structure)
     modules = {("key", int(target.layer or 0)): target.module for target in keys}
     modules |= {("state", block): f"{path}.{block}" for block in blocks}
     until = None if ends else max(layer for _, layer in modules)
-    order = sorted(range(len(spots)), key=lambda i: (-len(spots[i].ids), i))
-    parts = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+    if not ends:
+        spots = [Spot(spot.ids[: spot.position + 1], spot.position) for spot in spots]
+    parts: list[list[int]] = []
+    for first, end in zip((0, *breaks), (*breaks, len(spots)), strict=True):
+        order = sorted(range(first, end), key=lambda i: (-len(spots[i].ids), i))
+        parts += [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
     found: dict[tuple[str, int], dict[int, torch.Tensor]] = {name: {} for name in modules}
     last: dict[int, torch.Tensor] = {}
 
@@ -78,12 +87,15 @@ def read_spots(
             found[name].update(zip(part, values, strict=True))
 
         # A forward that ends behind a block does not come back: its hooks have kept what was seen.
-        final = _forward(plain, modules, [spots[i] for i in part], pad_id, keep)
+        rows = [spots[i] for i in part]
+        batch = make_batch(plain, [spot.ids for spot in rows], [spot.position for spot in rows], pad_id)
+        final = _forward(plain, modules, batch, keep)
         if ends:
             last.update(zip(part, final, strict=True))
 
     if isinstance(model, StreamedModel):
-        model.run([lambda part=part: call(part) for part in parts], until)  # type: ignore[misc]
+        since = min((layer for _, layer in modules), default=None)
+        model.run([lambda part=part: call(part) for part in parts], until, since=since)  # type: ignore[misc]
     else:
         count = structure.layers if until is None else until + 1
         with torch.inference_mode(), first_blocks(plain, structure, count):
@@ -104,18 +116,11 @@ def read_spots(
 def _forward(
     model: PreTrainedModel,
     modules: Mapping[tuple[str, int], str],
-    spots: Sequence[Spot],
-    pad_id: int,
+    batch: Batch,
     keep: Callable[[tuple[str, int], torch.Tensor], None],
 ) -> torch.Tensor:
     """Run one batch, keep what the modules see at the spots, and return the final hidden states of the last tokens."""
-    lengths = torch.tensor([len(spot.ids) for spot in spots])
-    ids = torch.full((len(spots), int(lengths.max())), pad_id, dtype=torch.long)
-    for row, spot in enumerate(spots):
-        ids[row, : len(spot.ids)] = torch.tensor(spot.ids)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    rows = torch.arange(len(spots), device=model.device)
-    positions = torch.tensor([spot.position for spot in spots], device=model.device)
+    rows, positions = batch.rows, batch.positions
 
     def before(name: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -138,6 +143,6 @@ def _forward(
                 else module.register_forward_hook(after(name))
             )
             stack.callback(handle.remove)
-        output = backbone(model)(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    hidden: torch.Tensor = output.last_hidden_state[rows, lengths.to(model.device) - 1]
+        output = backbone(model)(**batch.inputs, use_cache=False)
+    hidden: torch.Tensor = output.last_hidden_state[rows, batch.ends]
     return hidden

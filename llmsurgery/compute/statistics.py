@@ -90,29 +90,34 @@ def key_statistics(
     """
     if tokens < 1:
         raise UsageError(f"{tokens} tokens give no statistics", "at least one is needed", "raise the number of tokens")
-    targets = _targets(structure, layers)
-    passages = _passages(texts, encoder, tokens)
+    targets = key_targets(structure, layers)
+    passages = first_passages(texts, encoder, tokens)
     count = sum(map(len, passages))
-    _require_enough(targets, count, tokens, progress, strict)
-    digest = hashlib.sha256(repr(passages).encode()).hexdigest()
+    require_enough(targets, count, tokens, progress, strict)
+    digest = passages_digest(passages)
     found: dict[int, KeyStatistics] = {}
     for layer, target in targets.items():
-        stored = None if cache is None else cache.load(_key(digest, count, target))
+        stored = None if cache is None else cache.load(cache_key(digest, count, target))
         if stored is not None:
-            found[layer] = KeyStatistics(layer, _width(target), count, stored.get("keys"), stored.get("second"))
+            found[layer] = KeyStatistics(layer, key_width(target), count, stored.get("keys"), stored.get("second"))
     missing = {layer: target for layer, target in targets.items() if layer not in found}
     if missing:
         computed = _collect(model, structure, missing, passages, encoder.pad_id, progress)
         for layer, statistics in computed.items():
             named = {"keys": statistics.keys, "second": statistics.second}
             kept = {name: tensor for name, tensor in named.items() if tensor is not None}
-            if cache is not None and (why := cache.save(_key(digest, count, missing[layer]), kept)):
+            if cache is not None and (why := cache.save(cache_key(digest, count, missing[layer]), kept)):
                 progress.notice(f"statistics of layer {layer} could not be cached: {why}")
         found |= computed
     return {layer: found[layer] for layer in targets}
 
 
-def _targets(structure: Structure, layers: Iterable[int]) -> dict[int, RoleTensor]:
+def key_targets(structure: Structure, layers: Iterable[int]) -> dict[int, RoleTensor]:
+    """Return the last MLP matrix of some layers.
+
+    Raises:
+        UnsupportedError: A layer has no dense or shared MLP.
+    """
     numbers = tuple(dict.fromkeys(layers))
     by_layer = {tensor.layer: tensor for tensor in key_tensors(structure, numbers)}
     if absent := [layer for layer in numbers if layer not in by_layer]:
@@ -124,15 +129,22 @@ def _targets(structure: Structure, layers: Iterable[int]) -> dict[int, RoleTenso
     return {layer: by_layer[layer] for layer in numbers}
 
 
-def _width(target: RoleTensor) -> int:
+def key_width(target: RoleTensor) -> int:
+    """Return the number of coordinates of a key."""
     return target.shape[0] if target.transposed else target.shape[1]
 
 
-def _key(digest: str, tokens: int, target: RoleTensor) -> dict[str, object]:
-    return {"name": "keys", "data": digest, "tokens": tokens, "layer": target.stored, "batch": BATCH_TOKENS}
+def passages_digest(passages: Sequence[tuple[int, ...]]) -> str:
+    """Return what stands for the text among what decides a statistic."""
+    return hashlib.sha256(repr(passages).encode()).hexdigest()
 
 
-def _passages(texts: Sequence[Passage | str], encoder: TextEncoder, tokens: int) -> list[tuple[int, ...]]:
+def cache_key(digest: str, tokens: int, target: RoleTensor, name: str = "keys") -> dict[str, object]:
+    """Return what decides a statistic of one layer, beside the model."""
+    return {"name": name, "data": digest, "tokens": tokens, "layer": target.stored, "batch": BATCH_TOKENS}
+
+
+def first_passages(texts: Sequence[Passage | str], encoder: TextEncoder, tokens: int) -> list[tuple[int, ...]]:
     """Return the first tokens of the texts, in pieces that run at once."""
     result: list[tuple[int, ...]] = []
     for text in texts:
@@ -146,8 +158,9 @@ def _passages(texts: Sequence[Passage | str], encoder: TextEncoder, tokens: int)
     return result
 
 
-def _require_enough(targets: dict[int, RoleTensor], found: int, wanted: int, progress: Progress, strict: bool) -> None:
-    size = max(map(_width, targets.values()))
+def require_enough(targets: dict[int, RoleTensor], found: int, wanted: int, progress: Progress, strict: bool) -> None:
+    """Say, or with `strict` refuse, that there are too few tokens."""
+    size = max(map(key_width, targets.values()))
     if found >= ENOUGH * size:
         return
     what = f"{found} tokens for keys of {size} dimensions, {found / size:.1f} per dimension"
@@ -225,7 +238,7 @@ def _collect(
     plain, last = in_memory(model), max(targets)
     expected = sum(map(len, passages))
     place = (expected, plain.dtype, plain.device)
-    collectors = {layer: _Collector(layer, _width(target), *place) for layer, target in targets.items()}
+    collectors = {layer: _Collector(layer, key_width(target), *place) for layer, target in targets.items()}
 
     def forward(batch: Sequence[tuple[int, ...]]) -> None:
         ids, there = _padded(batch, pad_id, plain.device)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.blocks import blocks_path
-from llmsurgery.compute.load import model_of_headers, require_finite_values
+from llmsurgery.compute.entrances import Entrances, batch_digest
+from llmsurgery.compute.load import STORED, model_of_headers, require_finite_values
 from llmsurgery.compute.lockstep import Call, Ended, current_call, private_hooks
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.stored import fill_constants, read_stored
@@ -37,7 +39,8 @@ class StreamedModel:
     """A causal language model of which only what runs is in memory.
 
     A plain forward of `model` works too and reads every block once; `run` takes many through a block before it is
-    dropped. Blocks inside `holding` may be changed; what was changed in them is gone with the `with` block.
+    dropped. Blocks inside `holding` may be changed, and tensors inside `editing` replaced; what was changed is gone
+    with the `with` block.
 
     Attributes:
         model: The stock model. Its embedding is loaded, final norm and head once a forward has reached them, its
@@ -54,6 +57,9 @@ class StreamedModel:
         self._loose: int | None = None
         self._finite: set[str] = set()
         self._until: int | None = None
+        self._since: int | None = None
+        self._replaced: dict[str, torch.Tensor] = {}
+        self._entrances = Entrances()
         self._tail = False
 
     @classmethod
@@ -87,7 +93,9 @@ class StreamedModel:
         )
         for number, path in enumerate([*streamed._paths(), structure.family.roles["norm.final"]]):
             module = model.get_submodule(path)
-            module.register_forward_pre_hook(streamed._arrival(number), prepend=True)
+            module.register_forward_pre_hook(streamed._arrival(number), prepend=True, with_kwargs=True)
+            if number < streamed.blocks:
+                module.forward = _skippable(number, module.forward)
         return streamed
 
     @property
@@ -99,10 +107,10 @@ class StreamedModel:
         path = blocks_path(self._structure)
         return [f"{path}.{layer}" for layer in range(self._structure.layers)]
 
-    def _arrival(self, place: int) -> Callable[[torch.nn.Module, object], None]:
+    def _arrival(self, place: int) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         """Return the hook of a block, or of the final norm, which stands behind the last block."""
 
-        def arrive(_module: torch.nn.Module, _arguments: object) -> None:
+        def arrive(_module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             call = current_call()
             if call is None:
                 self._leave()
@@ -111,9 +119,23 @@ class StreamedModel:
             elif self._until is not None and place > self._until:
                 raise Ended
             else:
-                call.halt(place)
+                self._note(call, place, arguments, keywords)
+                if call.start is None or place >= call.start[0]:
+                    call.halt(place)
 
         return arrive
+
+    def _note(self, call: Call[Any], place: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """See where a forward may begin, and keep what enters a marked block."""
+        if self._since is None or not self._entrances.marks:
+            return
+        if place == 0:
+            call.batch = batch_digest(arguments, keywords)
+            call.start = self._entrances.find(call.batch, self._since)
+        # Blocks that are skipped are not given what enters them.
+        runs = call.start is None or place > call.start[0]
+        if runs and call.batch is not None and place < self.blocks and arguments:
+            self._entrances.keep(call.batch, place, arguments[0])
 
     @contextmanager
     def holding(self, layers: Iterable[int]) -> Iterator[None]:
@@ -139,8 +161,46 @@ class StreamedModel:
             if self._loose in added:
                 self._loose = None
 
+    @contextmanager
+    def editing(self, layers: Iterable[int]) -> Iterator[None]:
+        """Let tensors of some blocks be replaced for the length of a `with` block; no block stays in memory.
+
+        What enters these blocks is kept for as long as nothing before them is replaced, behind the `with` block too,
+        so that `run` with `since` does not go through the blocks before them again.
+
+        Args:
+            layers: Block numbers.
+        """
+        numbers = sorted(set(layers))
+        for layer in numbers:
+            self._require_block(layer)
+        self._entrances.marks.update(numbers)
+        try:
+            yield
+        finally:
+            self._leave()
+            self._replaced.clear()
+            self._entrances.forget_behind(numbers[0])
+
+    def replacement(self, target: RoleTensor) -> torch.Tensor:
+        """Return memory for the new values of a stored tensor, in its stored shape; blocks are read with them then.
+
+        Args:
+            target: A tensor of a block that is being edited, no routed expert's.
+        """
+        assert target.layer is not None
+        self._leave()
+        self._entrances.forget_behind(target.layer)
+        if target.layer in self._held:
+            return weight_view(self.model, target)
+        return self._replaced.setdefault(target.stored, torch.empty(target.shape, dtype=STORED[target.dtype]))
+
     def run(
-        self, calls: Sequence[Callable[[], T]], until: int | None = None, advanced: Callable[[], None] | None = None
+        self,
+        calls: Sequence[Callable[[], T]],
+        until: int | None = None,
+        advanced: Callable[[], None] | None = None,
+        since: int | None = None,
     ) -> list[T | None]:
         """Run forwards in lockstep: each block is read once for all of them.
 
@@ -151,6 +211,8 @@ class StreamedModel:
             until: End every forward behind this block, with the result None; later blocks, the final norm and the
                 head are not read. None: run to the end.
             advanced: Called when all forwards have left a block.
+            since: First block that the calls look at. A forward of a batch that went through the model before, while
+                blocks were `editing`, may begin there or a little earlier. None: at the first block.
 
         Returns:
             What the calls returned, in their order.
@@ -162,7 +224,7 @@ class StreamedModel:
         if until is not None:
             self._require_block(until)
         self._leave()
-        self._until = until
+        self._until, self._since = until, since
         threads = [Call(work, self._device) for work in calls]
         try:
             with private_hooks(self.model):
@@ -172,7 +234,7 @@ class StreamedModel:
         finally:
             for thread in threads:
                 thread.end()
-            self._until = None
+            self._until = self._since = None
         return [thread.result for thread in threads]
 
     def _sweep(self, threads: Sequence[Call[T]], advanced: Callable[[], None] | None) -> None:
@@ -282,11 +344,26 @@ class StreamedModel:
 
     def _read(self, tensor: RoleTensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a stored tensor on the CPU in a dtype."""
+        if (replaced := self._replaced.get(tensor.stored)) is not None:
+            return replaced.to(dtype)
         values = read_stored(self._checkpoint, tensor.stored, dtype)
         if tensor.stored not in self._finite:
             require_finite_values(tensor.stored, values)
             self._finite.add(tensor.stored)
         return values
+
+
+def _skippable(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a block that a call which begins behind it does not run."""
+
+    @wraps(forward)
+    def skippable(*arguments: Any, **keywords: Any) -> Any:
+        call = current_call()
+        if call is not None and call.start is not None and place < call.start[0]:
+            return call.start[1]
+        return forward(*arguments, **keywords)
+
+    return skippable
 
 
 def run_calls(

@@ -122,11 +122,16 @@ def reference_of(
         blocks: Blocks that may be edited.
         whole: Run the model to its end; else distributions cannot be compared later.
     """
-    seen = read_spots(model, structure, [spot_of(probe.target) for probe in probes], pad_id, (), blocks, ends=whole)
-    own = _states(model, structure, probes, pad_id, blocks)
-    target = {block: _means(states, probes) for block, states in seen.states.items()}
-    head = read_head(in_memory(model)).clone() if whole else None
-    return RedirectReference(head, seen.ends, own, target)
+    # Both names in one pass, each as a batch of its own: a streamed model may have seen it before.
+    chosen = [probe for probe in probes if probe.kind == "template"]
+    spots = [spot_of(context) for context in (*(p.source for p in chosen), *(p.target for p in chosen))]
+    both = read_spots(model, structure, spots, pad_id, (), blocks, breaks=(len(chosen),)).states
+    source = {block: _means(states[: len(chosen)], chosen) for block, states in both.items()}
+    target = {block: _means(states[len(chosen) :], chosen) for block, states in both.items()}
+    if not whole:
+        return RedirectReference(None, None, source, target)
+    ends = read_spots(model, structure, [spot_of(probe.target) for probe in probes], pad_id, ends=True).ends
+    return RedirectReference(read_head(in_memory(model)).clone(), ends, source, target)
 
 
 def _states(

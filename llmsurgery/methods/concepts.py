@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmsurgery.arch.spec import RoleTensor
+    from llmsurgery.compute.directions import Directions
     from llmsurgery.compute.statistics import KeyStatistics
     from llmsurgery.data.contexts import Context
     from llmsurgery.edits.kinds import LowRank
@@ -59,6 +60,26 @@ class Free:
     record: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class KeptFree:
+    """The same, read from the cache whenever it is needed: three wide layers at once are gigabytes.
+
+    Attributes:
+        directions: The directions of the layer's keys.
+        tau: Eigenvalues from which a direction is protected.
+        record: How they were found, for the manifest.
+    """
+
+    directions: Directions
+    tau: float
+    record: Mapping[str, object]
+
+    @property
+    def protected(self) -> torch.Tensor:
+        """Orthonormal columns [inputs, b] that the edit may not use."""
+        return self.directions.protected(self.tau)
+
+
 @dataclass
 class Written:
     """What some neighbouring layers wrote.
@@ -87,12 +108,23 @@ def layer_of(target: RoleTensor) -> int:
 def free_directions(statistics: KeyStatistics, tau: float) -> Free:
     """Return what ordinary text leaves free of a layer's keys.
 
+    Args:
+        statistics: Second moment of the layer's keys.
+        tau: Eigenvalues from which a direction is protected; see `settle_tau`.
+    """
+    tau, record = settle_tau(statistics, tau)
+    return Free(statistics.protected(tau).cpu(), record)
+
+
+def settle_tau(statistics: KeyStatistics | Directions, tau: float) -> tuple[float, Mapping[str, object]]:
+    """Return the eigenvalue from which a direction is protected, and what is to be said of it.
+
     Where tau leaves less than 50% or more than 99.5% of the directions, it is chosen so that the protected ones hold
     99% of the trace of E[k k^T].
 
     Args:
-        statistics: Second moment of the layer's keys.
-        tau: Eigenvalues from which a direction is protected; 0 protects nothing.
+        statistics: Second moment of the layer's keys, or its directions.
+        tau: What is asked for; 0 protects nothing.
     """
     import torch
 
@@ -103,9 +135,10 @@ def free_directions(statistics: KeyStatistics, tau: float) -> Free:
         used = int(torch.searchsorted(total, HELD * total[-1])) + 1
         tau, by = float(spectrum[min(used, len(spectrum)) - 1]), f"{HELD:.0%} of the trace"
     # No eigenvalue is infinite: nothing is protected then.
-    protected = statistics.protected(tau if tau > 0 else math.inf)
-    record = {"tau": tau, "tau_by": by, "free_directions": size - protected.shape[1], "directions": size}
-    return Free(protected.cpu(), record | {"tokens": statistics.tokens})
+    least = tau if tau > 0 else math.inf
+    free = size - int((spectrum >= least).sum())
+    record = {"tau": tau, "tau_by": by, "free_directions": free, "directions": size, "tokens": statistics.tokens}
+    return least, record
 
 
 def largest_lambda(free: float, enough: float = ENOUGH) -> float:
@@ -134,7 +167,7 @@ class Writer:
         self,
         operation: Operation,
         columns: Sequence[Column],
-        free: Mapping[int, Free],
+        free: Mapping[int, Free | KeptFree],
         regulariser: float | None,
         earlier: Mapping[int, torch.Tensor],
     ) -> None:
@@ -185,8 +218,10 @@ class Writer:
 
         columns, operation = self.columns, self.operation
         groups = [column.keys for column in columns] + [column.values for column in columns]
-        groups += [column.targets for column in columns if column.targets] if first else []
         contexts = list(dict.fromkeys(context for group in groups for context in group))
+        own = len(contexts)
+        if first:
+            contexts = list(dict.fromkeys((*contexts, *(each for column in columns for each in column.targets))))
         places = {context: number for number, context in enumerate(contexts)}
         seen = read_spots(
             operation.streamed or operation.model,
@@ -195,6 +230,8 @@ class Writer:
             operation.encoder.pad_id,
             [] if target is None else [target],
             [block],
+            # What is looked at again is a batch of its own, so that a streamed model knows it again.
+            breaks=(own,),
         )
 
         def mean(found: torch.Tensor, group: Sequence[Context]) -> torch.Tensor:
@@ -228,7 +265,8 @@ class Writer:
         left, right = redirect_factors(keys, residuals, protected, weight, earlier)
         u, v = oriented(left, right, target.transposed)
         stored = self.operation.read(target.stored)
-        added = write_low_rank(self.operation.model, target, stored, u, v, keys)
+        model = self.operation.streamed or self.operation.model
+        added = write_low_rank(model, target, stored, u, v, keys)
         shares = ((added * residuals).sum(0) / residuals.square().sum(0)).tolist()
         record = {
             "layer": layer,

@@ -6,9 +6,10 @@ base stands for the imported libraries. The phases, with W the weights, B the la
 width of a key, n the tokens of the statistics and L the layers that may be written:
 
     everything is measured        W + statistics
-    eval.figures=edit             E + the written blocks + one more + statistics + a matrix in float32 twice
+    eval.figures=edit             E + B + the written matrices + statistics + a matrix in float32 twice
 
-Statistics are n m entries of the compute dtype a layer, or m^2 in float32 where there are more tokens than that.
+E and B are in the compute dtype, which `auto` takes to be float32 here: whether the processor has another is not looked
+at. Statistics are n m entries of the compute dtype a layer, or m^2 in float32 where there are more tokens than that.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
         row["tensors"] += 1
         row["parameters"] += target.parameters
         row["bytes"] += target.parameters * ITEMSIZE[target.dtype]
-    memory = _memory(checkpoint, structure, targets, config, evaluation)
+    narrow = request.dtype in ("bfloat16", "float16")
+    memory = _memory(checkpoint, structure, targets, config, evaluation, 2 if narrow else 4)
     return {
         "dry_run": True,
         "source": {"path": str(request.model or "demo"), "bytes": checkpoint.nbytes},
@@ -109,23 +111,23 @@ def _memory(
     targets: Sequence[RoleTensor],
     config: object,
     evaluation: EvaluationConfig,
+    item: int,
 ) -> Mapping[str, int]:
-    """Return the predicted bytes of each phase, on top of the base."""
+    """Return the predicted bytes of each phase, on top of the base; `item` is the size of the compute dtype."""
     outside, blocks = 0, Counter[int]()
     for tensor in structure.tensors:
-        size = tensor.parameters * ITEMSIZE[tensor.dtype]
+        size = tensor.parameters * item
         if tensor.layer is not None:
             blocks[tensor.layer] += size
         elif tensor.role.startswith("embed"):
             outside += size
     wide = max(target.parameters for target in targets)
     width = max(max(target.shape) for target in targets)
-    item = max(ITEMSIZE[target.dtype] for target in targets)
     tokens = int(getattr(config, "stats_tokens", 0))
     statistics = min(tokens * item, 4 * width) * width
     layers = len({target.layer for target in targets})
     if evaluation.figures == "all":
         return {"loaded": checkpoint.nbytes + layers * statistics + 8 * wide}
     span = min(int(getattr(config, "span", layers)), layers)
-    held = (span + 1) * max(blocks.values())
-    return {"streamed": outside + held + span * statistics + 8 * wide}
+    written = span * max(target.parameters * ITEMSIZE[target.dtype] for target in targets)
+    return {"streamed": outside + max(blocks.values()) + written + span * statistics + 8 * wide}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmsurgery.compute.device import resolve_device, resolve_dtype
-from llmsurgery.compute.load import load_model, load_tokenizer
+from llmsurgery.compute.load import load_model, load_tokenizer, require_finite_values
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.errors import DamagedError, InputError, ResourceError, SurgeryError, UnsupportedError, UsageError
 
@@ -172,3 +172,13 @@ def test_unreadable_gguf_is_an_input_error(content: bytes, tmp_path: Path, monke
     assert str(path) in caught.value.what
     # Nothing half-made stays in the cache.
     assert not list((tmp_path / "cache" / "gguf").iterdir())
+
+
+def test_large_weights_are_finite_and_infinite_ones_that_cancel_are_not() -> None:
+    require_finite_values("large", torch.full((8,), 3e38))
+    require_finite_values("none", torch.empty(0))
+    for bad in (torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), -float("inf")])):
+        with pytest.raises(DamagedError, match="bad"):
+            require_finite_values("bad", bad)
+    with pytest.raises(UsageError, match="float16"):
+        require_finite_values("half", torch.tensor([float("inf")], dtype=torch.float16))

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
-    from llmsurgery.methods.concepts import Column, Free, Written
+    from llmsurgery.methods.concepts import Column, KeptFree, Written
 
 NOTICE = (
     "redirected names now assert what the model says of their targets: that is misinformation, not a refusal, and "
@@ -158,7 +158,7 @@ class Rocr:
         tried: list[dict[str, object]] = []
         if len(spans) > 1:
             chosen, tried = search_span(operation, writer, spans)
-        with streamed.holding(map(layer_of, chosen)) if streamed else nullcontext():
+        with streamed.editing(map(layer_of, chosen)) if streamed else nullcontext():
             written = writer.write(chosen)
         warn(config, operation, columns, written)
         by = "search" if tried else "setting" if config.layers else "depth" if by_depth else "all there are"
@@ -272,14 +272,14 @@ def with_search(
     return replace(column, found=find)
 
 
-def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> dict[int, Free]:
+def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> dict[int, KeptFree]:
     """Return the directions that ordinary text leaves free in some layers; none is looked for with tau=0."""
-    from llmsurgery.compute.statistics import key_statistics
-    from llmsurgery.methods.concepts import free_directions
+    from llmsurgery.compute.directions import key_directions
+    from llmsurgery.methods.concepts import KeptFree, settle_tau
 
     if not config.tau:
         return {}
-    found = key_statistics(
+    found = key_directions(
         operation.streamed or operation.model,
         operation.structure,
         layers,
@@ -290,7 +290,7 @@ def free_of(config: RocrConfig, operation: Operation, layers: Sequence[int]) -> 
         operation.progress,
         config.strict,
     )
-    return {layer: free_directions(statistics, config.tau) for layer, statistics in found.items()}
+    return {layer: KeptFree(each, *settle_tau(each, config.tau)) for layer, each in found.items()}
 
 
 def warn(config: RocrConfig, operation: Operation, columns: Sequence[Column], written: Written) -> None:
