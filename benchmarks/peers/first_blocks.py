@@ -30,7 +30,8 @@ def main() -> None:
 
     def read(name: str) -> torch.Tensor:
         with safe_open(Path(base) / files[name], "pt") as stream:
-            return stream.get_tensor(name).to(dtype)
+            tensor: torch.Tensor = stream.get_tensor(name)
+        return tensor.to(dtype)
 
     rows = json.loads(Path(prompts).read_text())
     longest = max(map(len, rows))

@@ -109,7 +109,7 @@ def project_out(vectors: torch.Tensor, protected: torch.Tensor | None) -> torch.
         return vectors
     left = vectors.clone()
     # Orthonormal directions can be taken out one after the other, and need not all be widened at once.
-    for basis in protected.split(_DIRECTIONS, 1):
+    for basis in torch.split(protected, _DIRECTIONS, 1):
         wide = basis.to(vectors)
         left -= wide @ (wide.T @ vectors)
     return left
