@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 REACH = 0.05
 """Spans whose share of the divergence left differs by no more count as equal in it."""
 
+CALM = 1.5
+"""Spans whose disturbance of ordinary text is no larger than this times the least count as equal in it."""
+
 SPANS, TEXTS, TEXT_TOKENS = 10, 8, 64
 """Spans that are tried at most, and the ordinary text that they are compared on."""
 
@@ -49,14 +52,19 @@ def _runs(targets: Sequence[RoleTensor], length: int) -> list[list[RoleTensor]]:
 
 
 def choose_span(scores: Sequence[tuple[float, float]]) -> int:
-    """Return the number of the span that disturbs least, of those that reach about as far as the best.
+    """Return the number of the earliest span, of those that reach about as far as the best and disturb about as little.
+
+    Later spans may look as good after the contexts and still come too late: what blocks before them have read from the
+    name goes on to the answer. On SmolLM2-135M the span that disturbed least of all came from layer 8 on and brought
+    the answers down by a third, where layers 4 to 6 halved and quartered them.
 
     Args:
         scores: Of each span the share of the divergence that is left, and what it does to ordinary text.
     """
     least = min(left for left, _ in scores)
     near = [number for number, (left, _) in enumerate(scores) if left <= least + REACH]
-    return min(near, key=lambda number: scores[number][1])
+    calmest = min(scores[number][1] for number in near)
+    return next(number for number in near if scores[number][1] <= CALM * calmest)
 
 
 def search_span(

@@ -267,6 +267,8 @@ def test_layers_are_searched_and_the_reason_recorded(random_llama: Path, tmp_pat
 
 def test_choice_of_layers() -> None:
     assert choose_span([(0.5, 0.1), (0.1, 0.4), (0.13, 0.2), (0.2, 0.01)]) == 2
+    # The earliest of those that are about equal: later ones may come too late.
+    assert choose_span([(0.2, 0.28), (0.11, 0.28), (0.1, 0.21), (0.12, 0.2)]) == 1
     targets: list[Any] = [type("Target", (), {"layer": layer})() for layer in range(32)]
     assert [target.layer for target in span_at_depth(targets, 3, 32)] == [4, 5, 6]
     tried = spans_to_try(targets, 3, 32)

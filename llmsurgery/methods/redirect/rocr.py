@@ -30,7 +30,7 @@ What differs from the released code (Acruxos/ORT):
 - It takes lambda=1 on every model, which caps the edit where keys are short. l2=none takes the largest of 1, 0.1,
   0.01, ... with s of at least 0.9; l2=1 is the released value.
 - Its layers are a constant of the model's name. layers=all tries spans: of those that bring the distributions after the
-  contexts about as near to the new name's as the best one does, that which changes ordinary text least.
+  contexts about as near to the new name's as the best one does and change ordinary text about as little, the earliest.
 """
 
 from __future__ import annotations
