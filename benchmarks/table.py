@@ -580,6 +580,7 @@ SECTIONS = {
     "redirect_7b": redirect_7b,
     "covariance": covariance,
     "redirect_smollm2": redirect_smollm2,
+    "redirect_smollm2_layers": redirect_smollm2,
 }
 
 
