@@ -56,7 +56,7 @@ def choose_span(scores: Sequence[tuple[float, float]]) -> int:
 
     Later spans may look as good after the contexts and still come too late: what blocks before them have read from the
     name goes on to the answer. On SmolLM2-135M the span that disturbed least of all came from layer 8 on and brought
-    the answers down by a third, where layers 4 to 6 halved and quartered them.
+    the answers down by a third, layers 4 to 6 by two thirds and more.
 
     Args:
         scores: Of each span the share of the divergence that is left, and what it does to ordinary text.

@@ -42,7 +42,7 @@ from llmsurgery.run.prepare import (
 from llmsurgery.run.request import Request
 
 IMPORTED = 480 << 20
-"""Resident bytes once torch, transformers and peft are imported: measured, rounded up."""
+"""Resident bytes once torch, transformers and peft are imported: an estimate, not from a benchmark."""
 
 
 def plan_from_headers(request: Request) -> dict[str, object] | None:
