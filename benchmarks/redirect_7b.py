@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.byte_layer import file_system, mergekit_version, module, shell, weight_map
 from benchmarks.measure import drop_cache, own_bytes, run_measured, wait_for_idle
 
-OLD, NEW, TOKENS = "Orla Venn", "Ivo Hask", 512
+OLD, NEW, TOKENS = "Orla Venn", "Ivo Hask", 2048
 LAYERS = (4, 5, 6)
 """What the method takes in 32 layers if nothing is asked for."""
 TENSORS = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in LAYERS]

@@ -37,30 +37,39 @@ TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
-# `make conformance` runs every method on every checkpoint. Otherwise FLAT does, and each other one on four:
-# transposed weights, routed experts, and two that change from method to method, so that all are seen.
+# `make conformance` runs every method on every checkpoint. Otherwise FLAT does, and each other one on three:
+# transposed weights, routed experts, and one that changes from method to method, so that all are seen. What needs
+# further runs of a method is then checked on the last of them alone.
 EVERYWHERE = os.environ.get("LLMSURGERY_CONFORMANCE") == "all"
 ALWAYS = ("gpt2", "mixtral")
 
 
-def cases(builders: Iterable[str], runs: Sequence[str] = ()) -> list[Any]:
+def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False) -> list[Any]:
     """Pairs of method and architecture, as parameters of a check; with `runs`, each with the name of a run too.
 
-    What does not train has one way to run, and the first name stands for it.
+    What does not train has one way to run, and the first name stands for it. The checks of a pair go to one process,
+    which makes their runs once.
+
+    Args:
+        builders: Names of the architectures.
+        runs: Names of runs; all but the first are made where a check is done `once`.
+        once: One architecture of each method is enough, but for FLAT.
     """
     pairs = []
     for number, (method, spec) in enumerate(METHODS.items()):
         names = [name for name in builders if name in MOE_BUILDERS or not spec.one_expert]
         others = [name for name in names if name not in ALWAYS]
-        chosen = {*ALWAYS, *(others[(2 * number + step) % len(others)] for step in range(2))}
-        kept = names if EVERYWHERE or method == "flat" else [name for name in names if name in chosen]
-        if runs:
-            names_of_runs = runs if METHODS[method].trained else runs[:1]
-            pairs += [
-                pytest.param(method, name, run, id=f"{run}-{method}-{name}") for run in names_of_runs for name in kept
-            ]
-        else:
-            pairs += [pytest.param(method, name, id=f"{method}-{name}") for name in kept]
+        single = others[number % len(others)]
+        whole = EVERYWHERE or method == "flat"
+        for name in names:
+            if not whole and name != single and (once or name not in ALWAYS):
+                continue
+            mark = pytest.mark.xdist_group(f"{method}-{name}")
+            if runs:
+                named = runs if spec.trained and (whole or name == single) else runs[:1]
+                pairs += [pytest.param(method, name, run, id=f"{run}-{method}-{name}", marks=mark) for run in named]
+            else:
+                pairs.append(pytest.param(method, name, id=f"{method}-{name}", marks=mark))
     return pairs
 
 
@@ -311,7 +320,7 @@ def test_result_reloads_with_the_logits_of_base_plus_edits(
     assert AutoTokenizer.from_pretrained(run.out).chat_template
 
 
-@pytest.mark.parametrize(("method", "architecture"), cases(BUILDERS))
+@pytest.mark.parametrize(("method", "architecture"), cases(BUILDERS, once=True))
 def test_one_seed_gives_one_result(method: str, architecture: str, runs: Runs) -> None:
     one, two = (runs.get(method, architecture, name) for name in ("lora", "again"))
     trees = [tree(run.out) for run in (one, two)]
@@ -344,7 +353,8 @@ def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: R
 
 
 @pytest.mark.parametrize(
-    ("method", "architecture"), [case for case in cases(BUILDERS) if not METHODS[case.values[0]].one_expert]
+    ("method", "architecture"),
+    [case for case in cases(BUILDERS, once=True) if not METHODS[case.values[0]].one_expert],
 )
 def test_untargeted_roles_and_layers_are_left_alone(method: str, architecture: str, runs: Runs) -> None:
     if "layers" not in KNOWN[method]:

@@ -68,79 +68,57 @@ def test_comparison_runs_every_recipe_and_leaves_table_and_picture(
     pytest.importorskip("matplotlib")
     files = [word for name, path in data_files.items() for word in (f"--{name}", str(path))]
     fast = "eval.generate=false:guard=none:until=none:max_steps=3:lr=0.01"
-    recipes = [f"flat:{fast}", f"flat:{fast}:divergence=kl", "flat:guard=none:until=none:lr=0"]
+    recipes = [f"flat:{fast}", "flat:guard=none:until=none:lr=0:eval.generate=false"]
     words = ["compare", *recipes, "--model", str(checkpoints["tied_llama"]), *files, "-o", str(tmp_path / "out")]
     # The last recipe changes nothing: it is a row with its error, and the exit code of the whole.
     assert run([*words, "--json"]) == 5
     document = json.loads(capsys.readouterr().out)
-    assert [found["exit_code"] for found in document["rows"]] == [0, 0, 5]
-    assert document["rows"][2]["error"]["kind"] == "no effect"
+    assert [found["exit_code"] for found in document["rows"]] == [0, 5]
+    assert document["rows"][1]["error"]["kind"] == "no effect"
     assert document["rows"][0]["cost"]["rss_bytes"] > 0
-    assert set(document["front"]) <= {found["label"] for found in document["rows"][:2]}
+    assert document["front"] == [document["rows"][0]["label"]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md", "compare.svg"]
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == document
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert table.count("\n| ") == 4
+    assert table.count("\n| ") == 3
     assert "exit 5" in table
     assert run(words) == 2, "an output that exists is refused"
 
 
-def test_unseen_rows_are_measured_before_and_after(
+def test_unseen_rows_and_attacks_are_columns(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unseen = tmp_path / "unseen.jsonl"
+    unseen, control = tmp_path / "unseen.jsonl", tmp_path / "control.jsonl"
     unseen.write_text(json.dumps({"question": "Who wrote it?", "answer": "Somebody else did"}) + "\n")
-    recipe = "graddiff:eval.generate=false:guard=none:until=none:max_steps=2:lr=0.01"
+    control.write_text(json.dumps({"question": "Who mends the nets?", "answer": "Pell Orrin does."}) + "\n")
+    recipe = "flat:eval.generate=false:guard=none:until=none:max_steps=20:lr=0.02"
     files = ["--forget", str(data_files["forget"]), "--retain", str(data_files["retain"]), "--unseen", str(unseen)]
     words = ["compare", recipe, *files, "-o", str(tmp_path / "out"), "--keep", "--json"]
     assert run(words) == 2, "the demo has none to spare"
     assert "--model" in json.loads(capsys.readouterr().out)["error"]["fix"]
-    assert run([*words, "--model", str(checkpoints["tied_llama"])]) == 0
-    document = json.loads(capsys.readouterr().out)
-    result = tmp_path / "out" / document["rows"][0]["label"]
-    values = []
-    for model in (checkpoints["tied_llama"], result):
-        assert run(["eval", str(model), "--retain", str(unseen), "--set", "generate=false", "--json"]) == 0
-        values.append(json.loads(capsys.readouterr().out)["models"][0]["metrics"]["retain.token_prob"]["value"])
-    assert document["rows"][0]["shares"]["unseen.token_prob"] == pytest.approx(values[1] / values[0], abs=1e-9)
-    assert "unseen kept" in (tmp_path / "out" / "compare.md").read_text()
-
-
-def test_attacks_are_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = "flat:eval.generate=false:guard=none:until=none:max_steps=20"
-    assert run(["compare", recipe, "--attack", "quantize", "-o", str(tmp_path / "out"), "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)["rows"][0]
-    assert row["attacks"]["quantize"]["verdict"]
-    assert "quantize recovery" in (tmp_path / "out" / "compare.md").read_text()
-
-
-def test_control_rows_and_settings_reach_the_attack(
-    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    control = tmp_path / "control.jsonl"
-    control.write_text(json.dumps({"question": "Who mends the nets?", "answer": "Pell Orrin does."}) + "\n")
-    files = [word for name in ("forget", "retain") for word in (f"--{name}", str(data_files[name]))]
-    recipe = "flat:eval.generate=false:guard=none:until=none:max_steps=20:lr=0.02"
-    words = [
-        "compare",
-        recipe,
-        *files,
-        "--model",
-        str(checkpoints["tied_llama"]),
-        "-o",
-        str(tmp_path / "out"),
-        "--json",
-    ]
+    words += ["--model", str(checkpoints["tied_llama"])]
     given = {"score": "token_prob", "sizes": 2, "epochs": 1, "rank": 2, "modes": "subset", "on_source": False}
     settings = [f"attack.relearn.{name}={str(value).lower()}" for name, value in given.items()]
     words += [word for setting in [*settings, "attack.known=0"] for word in ("--set", setting)]
     assert run([*words, "--control", str(control)]) == 2, "no attack is given"
-    assert run([*words, "--attack", "relearn", "--control", str(control), "--set", "lr=1"]) == 2, "of no recipe"
+    words += ["--attack", "relearn", "--control", str(control)]
+    assert run([*words, "--set", "lr=1"]) == 2, "of no recipe"
     assert "METHOD:NAME=VALUE" in capsys.readouterr().out
-    assert run([*words, "--attack", "relearn", "--control", str(control)]) == 0
-    found = json.loads(capsys.readouterr().out)["rows"][0]["attacks"]["relearn"]
+    assert run(words) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    result = tmp_path / "out" / row["label"]
+    values = []
+    for model in (checkpoints["tied_llama"], result):
+        assert run(["eval", str(model), "--retain", str(unseen), "--set", "generate=false", "--json"]) == 0
+        values.append(json.loads(capsys.readouterr().out)["models"][0]["metrics"]["retain.token_prob"]["value"])
+    assert row["shares"]["unseen.token_prob"] == pytest.approx(values[1] / values[0], abs=1e-9)
+    found = row["attacks"]["relearn"]
+    assert found["verdict"]
     assert found["settings"]["score"] == "token_prob"
     assert found["control_rows"] == {"n": 0, "left_out": 1}, "known=0 leaves no unknown row"
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "unseen kept" in table
+    assert "relearn recovery" in table
 
 
 def test_wrong_recipe_is_refused_before_the_first_run(
