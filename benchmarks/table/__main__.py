@@ -1,0 +1,68 @@
+"""Write `benchmarks/README.md` from the newest result of each benchmark.
+
+python -m benchmarks.table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.table.cost import covariance, flat_step, memory, startup, unlearning
+from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
+from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
+from benchmarks.table.page import machine, newest
+from benchmarks.table.redirection import redirect_7b, redirect_smollm2
+
+HEAD = """# Benchmarks
+
+Made by `python -m benchmarks.table` from the newest file of each kind under `results/`; every number has its JSON.
+
+Repeat them with `make benchmarks` (startup, the FLAT step, every method's step, the guard, the methods on the demo),
+and, with question and text files of your own,
+`python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
+`python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl` and
+`python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
+`python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
+`python -m benchmarks.redirect_7b SCRATCH --make --tokenizer FOLDER`, with FOLDER a byte-pair tokenizer.
+"""
+
+SECTIONS = {
+    "startup": startup,
+    "flat_step": flat_step,
+    "unlearning": unlearning,
+    "memory": memory,
+    "unlearn_smollm2": unlearn_smollm2,
+    "unlearn_smollm2_guard": unlearn_smollm2,
+    "unlearn_smollm2_strong": unlearn_smollm2,
+    "guard_demo": guard,
+    "patches": patches,
+    "kill_resume": kill_resume,
+    "conformance": conformance,
+    "compare_demo": comparison,
+    "compare_demo_attacks": comparison,
+    "compare_smollm2": comparison,
+    "compare_smollm2_attacks": comparison,
+    "attacks_smollm2_control": attacks,
+    "reload": reload,
+    "byte_layer": byte_layer,
+    "redirect_7b": redirect_7b,
+    "covariance": covariance,
+    "redirect_smollm2": redirect_smollm2,
+    "redirect_smollm2_layers": redirect_smollm2,
+}
+
+
+def main() -> None:
+    """Write the page."""
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        result = newest(name)
+        if result is not None:
+            parts.append(f"{section(result)}\n\n{machine(result)}\n")
+        if name == "guard_demo":
+            parts.append(guard_curves())
+    Path(__file__).parents[1].joinpath("README.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
