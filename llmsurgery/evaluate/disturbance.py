@@ -23,7 +23,7 @@ class Disturbance:
     Args:
         model: A causal language model in eval mode.
         structure: Its roles.
-        probes: Prompts with old and new names.
+        probes: Prompts with old and new names: those that the edit is made from and others.
         texts: Ordinary text.
         pad_id: Token id for padding.
     """
@@ -46,10 +46,10 @@ class Disturbance:
         return text_hidden(self._model, self._texts, self._pad_id, BATCH_ROWS, Silent())
 
     def _distance(self) -> float:
-        return redirect_figures(*self._common, self._reference)["redirect.kl"].number
+        return redirect_figures(*self._common, self._reference)["redirect.kl_paraphrase"].number
 
     def measure(self) -> tuple[float, float]:
-        """Return the share of the KL divergence after the prompts that is left, and the KL divergence on the text."""
+        """Return the share of the KL divergence after other prompts that is left, and the KL divergence on the text."""
         assert self._reference.head is not None
         moved = text_kl(self._hidden, self._read(), self._reference.head, self._model)
         spilled = float(np.concatenate(moved).mean())

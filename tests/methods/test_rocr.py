@@ -256,7 +256,12 @@ def test_layers_are_searched_and_the_reason_recorded(random_llama: Path, tmp_pat
     assert record["layers_by"] == "search"
     assert [row["layers"] for row in record["tried"]] == [[0, 1], [1, 2], [2, 3]]
     scores = [(row["kl_left"], row["text_kl"]) for row in record["tried"]]
-    assert record["tried"][choose_span(scores)]["layers"] == record["layers"]
+    firsts = [row["layers"][0] for row in record["tried"]]
+    assert record["tried"][choose_span(scores, firsts, 6)]["layers"] == record["layers"]
+    # Reach is what is left after wordings that the edit is not made from.
+    paraphrase = manifest_of(outcome)["metrics"]["redirect.kl_paraphrase"]
+    left = next(row["kl_left"] for row in record["tried"] if row["layers"] == record["layers"])
+    assert paraphrase["after"]["value"] / paraphrase["before"]["value"] == pytest.approx(left, rel=1e-3)
     # What was tried before has left no trace in what was written at the end.
     direct = redirect(
         random_llama, method="rocr", source=OLD, target=NEW, out=tmp_path / "direct",
@@ -266,14 +271,23 @@ def test_layers_are_searched_and_the_reason_recorded(random_llama: Path, tmp_pat
 
 
 def test_choice_of_layers() -> None:
-    assert choose_span([(0.5, 0.1), (0.1, 0.4), (0.13, 0.2), (0.2, 0.01)]) == 2
-    # The earliest of those that are about equal: later ones may come too late.
-    assert choose_span([(0.2, 0.28), (0.11, 0.28), (0.1, 0.21), (0.12, 0.2)]) == 1
+    assert choose_span([(0.5, 0.1), (0.1, 0.4), (0.13, 0.2), (0.2, 0.01)], [0, 1, 2, 3], 4) == 2
+    # All spans from layers 2 to 16 are about equal, and the depth decides.
+    left = [0.138, 0.111, 0.114, 0.101, 0.120, 0.114, 0.121, 0.124, 0.232]
+    moved = [0.000337, 0.000283, 0.000254, 0.000211, 0.000203, 0.000274, 0.000218, 0.000273, 0.000144]
+    assert choose_span(list(zip(left, moved, strict=True)), list(range(0, 18, 2)), 30) == 2
+    # Figures overrule it.
+    left[2] += 0.05
+    assert choose_span(list(zip(left, moved, strict=True)), list(range(0, 18, 2)), 30) == 1
+    # A model of four blocks: as early as can be.
+    assert choose_span([(0.1, 0.1), (0.1, 0.1)], [0, 1], 4) == 0
     targets: list[Any] = [type("Target", (), {"layer": layer})() for layer in range(32)]
     assert [target.layer for target in span_at_depth(targets, 3, 32)] == [4, 5, 6]
     tried = spans_to_try(targets, 3, 32)
     assert len(tried) <= 10
     assert max(span[-1].layer for span in tried) <= 21
+    deep: list[Any] = [type("Target", (), {"layer": layer})() for layer in range(80)]
+    assert 10 in [span[0].layer for span in spans_to_try(deep, 3, 80)]
     # A gap, such as a block of experts, is not spanned.
     assert [[t.layer for t in span] for span in spans_to_try([targets[0], *targets[2:4]], 2, 32)] == [[2, 3]]
 
