@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,24 @@ def test_the_direction_is_the_opposite_of_the_new_row(planted: Path, tmp_path: P
     head = load_file(planted / "model.safetensors")["lm_head.weight"]
     new = load_file(tmp_path / "out" / "model.safetensors")[UP][5]
     assert float(cosines(new[None], head[token_of("q")] - head.mean(0))) < -0.9
+
+
+def test_what_all_final_states_share_is_no_part_of_the_direction(planted: Path, tmp_path: Path) -> None:
+    # Every embedding gets the same large part, and another row reads that.
+    root = shutil.copytree(planted, tmp_path / "model")
+    tensors = load_file(root / "model.safetensors")
+    shared = torch.randn(tensors[UP].shape[1], generator=torch.Generator().manual_seed(1))
+    tensors["model.embed_tokens.weight"] += 5 * shared
+    tensors[UP][7] = shared * tensors["model.norm.weight"]
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    data = pairs_file(tmp_path / "pairs.jsonl", {"from": "q", "prompts": ["the letter {}"]})
+    records = {}
+    for centre in (True, False):
+        manifest = run_tars(root, tmp_path / str(centre), data, n_edits=1, centre=centre)
+        records[centre] = record_of(manifest)
+    assert [records[centre]["rows"][0]["neuron"] for centre in (True, False)] == [5, 7]
+    assert records[True]["concepts"][0]["shared"] > 0.5
+    assert "shared" not in records[False]["concepts"][0]
 
 
 def test_rows_are_doubled_until_the_concept_is_gone(planted: Path, tmp_path: Path) -> None:
