@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmsurgery import __version__
 from llmsurgery.checkpoint import file_digest
@@ -98,7 +98,7 @@ def build_manifest(
     }
 
 
-def earlier_operations(source: Path) -> list[object]:
+def earlier_operations(source: Path) -> list[dict[str, Any]]:
     """Return the operations that made the source what it is, oldest first; empty for a model never operated on."""
     try:
         manifest = json.loads((source / NAME).read_text("utf-8"))

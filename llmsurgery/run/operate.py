@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.checkpoint.layout import Layout
@@ -84,7 +84,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 statistics=make_statistics(prepared),
                 pairs=prepared.pairs,
                 beside=prepared.checkpoint.root / BESIDE,
-                history=cast(list[dict[str, Any]], earlier_operations(prepared.checkpoint.root)),
+                history=earlier_operations(prepared.checkpoint.root),
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 

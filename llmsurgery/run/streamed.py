@@ -13,6 +13,7 @@ from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.methods.base import Operation
 from llmsurgery.run.forms import BESIDE, Written, changes_of
+from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices
 from llmsurgery.run.prepare import Prepared
 
@@ -62,6 +63,7 @@ def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
             pairs=prepared.pairs,
             streamed=streamed,
             beside=prepared.checkpoint.root / BESIDE,
+            history=earlier_operations(prepared.checkpoint.root),
         )
         result = prepared.method.edit(prepared.config, operation, prepared.data)
         targets = prepared.targets if result.targets is None else result.targets

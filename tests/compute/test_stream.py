@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import Structure
@@ -28,6 +26,7 @@ from llmsurgery.compute.stream import StreamedModel
 from llmsurgery.errors import DamagedError, UsageError
 
 from ..builders import BUILDERS
+from ..builders.large import write_large
 
 CPU = torch.device("cpu")
 BATCHES = [torch.arange(1, 40)[None], torch.arange(60).reshape(2, 30) + 100, torch.arange(5, 12)[None]]
@@ -282,37 +281,6 @@ print("streamed", float(logits.double().abs().sum()), flush=True)
 load_model(root, torch.float32, cpu)
 print("loaded")
 """
-
-
-def write_large(root: Path) -> LlamaForCausalLM:
-    """Write a Llama of 24 blocks, all but the last of them zeros without disk; return one of that last block alone."""
-    settings: dict[str, Any] = {
-        "vocab_size": 64, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "max_position_embeddings": 64, "tie_word_embeddings": True,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    small = LlamaForCausalLM(LlamaConfig(**settings, num_hidden_layers=1)).to(torch.bfloat16).eval()
-    LlamaConfig(**settings, num_hidden_layers=24, architectures=["LlamaForCausalLM"]).save_pretrained(root)
-    tensors = {name: tensor for name, tensor in small.state_dict().items() if name != "lm_head.weight"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    filled, end = [], 0
-    for name, tensor in tensors.items():
-        numbers = range(24) if ".0." in name else [0]
-        for number in numbers:
-            start, end = end, end + 2 * tensor.numel()
-            stored = name.replace(".0.", f".{number}.")
-            header[stored] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-            if number == numbers[-1]:
-                filled.append((start, tensor))
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with (root / "model.safetensors").open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for start, tensor in filled:
-            file.seek(8 + len(head) + start)
-            file.write(tensor.contiguous().view(torch.int16).numpy().tobytes())
-        file.truncate(8 + len(head) + end)
-    return small
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on data and their reading are Linux's")
