@@ -11,11 +11,15 @@ import torch
 from llmsurgery import unlearn
 from llmsurgery.api import inspect_checkpoint
 from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.data.chat import Encoder
+from llmsurgery.data.records import read_rows
 from llmsurgery.demo import world_path
 from llmsurgery.errors import UsageError
-from llmsurgery.methods.unlearn.uoe import choose_expert
+from llmsurgery.methods.settings import resolve_config
+from llmsurgery.methods.unlearn.uoe import PAPER_BASES, Uoe, UoeConfig, choose_expert
 
 from ..builders import MOE_BUILDERS
+from ..builders.tokenizer import byte_tokenizer
 
 FAST = {"max_steps": 2, "lr": 0.01, "eval.generate": False}
 
@@ -90,6 +94,27 @@ def test_losses_that_it_wraps(
     if base == "rmu":
         assert record["layer"] == record["target"]["layer"]
     assert len(manifest["tensors"]) == 4
+
+
+@pytest.mark.parametrize("base", PAPER_BASES)
+def test_the_paper_preset_takes_the_papers_losses(base: str, data_files: dict[str, Path]) -> None:
+    rows = {name: read_rows(path) for name, path in data_files.items()}
+    encoder = Encoder(byte_tokenizer(), 256)
+
+    def resolved(**settings: object) -> Any:
+        config = resolve_config(UoeConfig, {"base": base, **settings}, Uoe.spec.presets)
+        return Uoe().prepare(config, encoder, rows).base.config
+
+    paper, plain = resolved(preset="paper"), resolved()
+    if base in ("ga", "graddiff"):
+        # The paper's ascent has no bound.
+        assert (paper.max_forget_ce, plain.max_forget_ce) == (0, None)
+    else:
+        assert (paper.beta, plain.beta) == (0.001, 0.1) if base == "npo" else paper.steering == 8000
+    if base != "ga":
+        assert paper.retain_weight == (1200 if base == "rmu" else 1)
+        assert resolved(preset="paper", base_settings="retain_weight=2").retain_weight == 2
+    assert paper.training.lr == 1e-4
 
 
 def test_what_a_base_loss_needs_and_takes(

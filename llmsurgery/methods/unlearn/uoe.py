@@ -33,6 +33,8 @@ Choices of this project:
   and `experts` narrow the choice.
 - Noise on routers' inputs is off in training, and so are losses that balance experts.
 - The authors give neither optimizer nor number of steps: AdamW without weight decay, and `until`.
+- `preset=paper` takes the wrapped loss as the paper has it too (`base_preset=paper`): ascent without a bound, npo with
+  beta 0.001, rmu with steering 8000, its value for Qwen1.5-MoE (32000 for DeepSeek-V2-Lite).
 
 The manifest holds the choice, affinities, and the share of forget tokens that are sent to e*, before and after. Shared
 experts can still hold what was forgotten.
@@ -63,6 +65,14 @@ if TYPE_CHECKING:
 
 ROLES = ("expert.gate", "expert.up", "expert.down", "router")
 
+PAPER_BASES: Mapping[str, tuple[str, ...]] = {
+    "ga": ("max_forget_ce=0",),
+    "graddiff": ("max_forget_ce=0", "retain_weight=1"),
+    "npo": ("beta=0.001", "retain_weight=1"),
+    "rmu": ("steering=8000", "retain_weight=1200"),
+}
+"""Hyperparameters of the losses that the paper wraps."""
+
 
 @dataclass(frozen=True)
 class UoeConfig:
@@ -70,6 +80,7 @@ class UoeConfig:
 
     base: str = option("graddiff", "method whose loss is wrapped")
     base_settings: tuple[str, ...] = option((), "hyperparameters of that loss: NAME=VALUE,...")
+    base_preset: str = option("toolkit", "its other ones: the toolkit's or the paper's", ("toolkit", "paper"))
     anchor_weight: float = option(1.0, "weight of the anchor (alpha in the paper); 0: none", minimum=0)
     anchor_on: str = option("dense", "scores of all experts, or of the chosen ones alone", ("dense", "sparse"))
     attribution_tokens: int = option(100_000, "forget tokens that attribution sees; 0: all", minimum=0)
@@ -160,7 +171,7 @@ class Uoe:
         # So few weights move that the step size of adapters suits them.
         lr_scale=10.0,
         one_expert=True,
-        presets={"paper": {"lr": 1e-4, "batch_size": 16, "epochs": 1, "max_steps": 0}},
+        presets={"paper": {"base_preset": "paper", "lr": 1e-4, "batch_size": 16, "epochs": 1, "max_steps": 0}},
     )
     config_type = UoeConfig
 
@@ -188,7 +199,8 @@ class Uoe:
 
     def prepare(self, config: UoeConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> UoeData:
         """Let the base loss encode the data."""
-        base = base_loss(config.base, config.base_settings, config.training)
+        own = PAPER_BASES.get(config.base, ()) if config.base_preset == "paper" else ()
+        base = base_loss(config.base, (*own, *config.base_settings), config.training)
         prepared = base.prepare(encoder, data)
         return UoeData(base, prepared, cast(Any, prepared).forget)
 
