@@ -78,6 +78,7 @@ def test_recipes_of_the_authors_resolve(preset: str, checkpoints: dict[str, Path
         }[preset]
     )
     assert (chosen.pgd_steps, chosen.model_steps) == (16, 4)
+    assert chosen.training.max_length == {"paper": 600, "wmdp-rmu": 768}.get(preset, 512)
     assert chosen.fresh_optimizer == (preset not in {"wmdp-rmu", "backdoor"})
 
 

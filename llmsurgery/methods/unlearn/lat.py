@@ -37,7 +37,8 @@ What differs from the released code (aengusl/latent-adversarial-training at 53ac
   not fade: `kl_mode=normalised`, to which the weight 0.1 belongs. The default is the mean over tokens. It takes the
   positions of the labels, here those that predict them.
 - Its backdoor recipe passes a coefficient that nothing reads: no benign loss. The preset has none either.
-- Its RMU recipe draws a new direction for every batch, here one for the run.
+- Its RMU recipe draws a new direction for every batch, here one for the run. It cuts rows to 512 or 768 tokens; the
+  preset takes 768.
 - Its WMDP recipe runs c = unrelated text under the perturbations of r. Here there is no such text: the preset has
   toward_weight 0 and keeps the benign loss.
 - Its jailbreak and WMDP recipes make a new optimizer for each outer step: `fresh_optimizer`, on in their presets. Here
@@ -69,6 +70,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.errors import UsageError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
+from llmsurgery.methods.lat_recipes import EMBEDDING, PRESETS
 from llmsurgery.methods.losses import BaseLoss, base_loss, encode_sets, train_loss
 from llmsurgery.methods.registry import register
 from llmsurgery.methods.templates import TEMPLATES_HELP, TemplateRows, encode_with_templates, load_templates
@@ -82,84 +84,10 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoded, Encoder
     from llmsurgery.data.records import Row
     from llmsurgery.train.adversary import Adversary
-    from llmsurgery.train.attacked import RowsObjective
-    from llmsurgery.train.losses import RowLoss, Term
-    from llmsurgery.train.pairs import Margins
-    from llmsurgery.train.scorer import Scorer
+    from llmsurgery.train.losses import RowLoss
     from llmsurgery.train.trainable import Trainable
 
-EMBEDDING = "embedding"
 OWN = ("toward-away", "preference")
-
-_ADAPTERS: Mapping[str, object] = {
-    "roles": ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"),
-    "rank": 64,
-    "alpha": 64.0,
-    "inner_lr": 5e-2,
-    "inner_weight_decay": 0.01,
-    "lr": 2e-5,
-    "kl_weight": 0.0,
-    "batch_size": 16,
-}
-_JAILBREAK: Mapping[str, object] = {
-    **_ADAPTERS,
-    "attack_layers": (EMBEDDING, "8", "16", "24", "30"),
-    "eps": 6.0,
-    "sft_weight": 1.5,
-    "fresh_optimizer": True,
-    "templates": "refusal",
-    "max_steps": 400,
-}
-_WMDP: Mapping[str, object] = {
-    "inner_weight_decay": 0.01,
-    "inner_lr": 5e-2,
-    "attack_layers": ("7",),
-    "attack_positions": "all",
-    "eps": 2.0,
-    "adversary_toward": 1.0,
-    "adversary_away": 0.0,
-    "kl_weight": 0.0,
-    "lr": 5e-5,
-    "max_steps": 800,
-}
-PRESETS: Mapping[str, Mapping[str, object]] = {
-    "paper": {
-        **_ADAPTERS,
-        **_WMDP,
-        "toward_weight": 0.0,
-        "away_weight": 1.0,
-        "sft_weight": 4.0,
-        "batch_size": 4,
-        "clip": 0.5,
-        "fresh_optimizer": True,
-    },
-    "wmdp-rmu": {
-        **_WMDP,
-        "base": "rmu",
-        "base_settings": ("layer=8", "steering=6.5", "retain_weight=1200", "positions=all"),
-        "train": "full",
-        "roles": ("mlp.down",),
-        "layers": (6, 7, 8),
-        "clip": 0.0,
-    },
-    "jailbreak": _JAILBREAK,
-    "jailbreak-llama3": {
-        **_JAILBREAK,
-        "inner_lr": 1e-3,
-        "attack_positions": "all",
-        "sft_weight": 0.0,
-        "kl_weight": 0.1,
-        "kl_mode": "normalised",
-        "lr": 8e-5,
-    },
-    "backdoor": {
-        **_ADAPTERS,
-        "base": "preference",
-        "attack_layers": ("4", "12", "20", "28"),
-        "eps": 1.5,
-        "max_steps": 1024,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -331,6 +259,7 @@ def _attacked(
     stack: ExitStack,
 ) -> RowLoss:
     """Return the loss under attack, and put the stop rule under attack too."""
+    from llmsurgery.methods.lat_pairs import LatPairs
     from llmsurgery.train.adversary import Strength
     from llmsurgery.train.attacked import Attack, OuterSteps, stop_under_attack
     from llmsurgery.train.pooling import row_means
@@ -355,7 +284,7 @@ def _attacked(
         base, data = prepared.source
         loss = base.make(operation, data, trainable)
     else:
-        own = _Pairs(config, operation, prepared.source, prepared.retain, scorer)
+        own = LatPairs(config, operation, prepared.source, prepared.retain, scorer)
         loss = own.loss()
         attack = replace(attack, objective=own.objective(), renew=own.renew, good=own.good)
     facts = {**loss.facts, "attack_radius": {_name(place): value for place, value in radius.items()}}
@@ -364,78 +293,3 @@ def _attacked(
 
 def _name(place: int) -> str:
     return EMBEDDING if place < 0 else str(place)
-
-
-class _Pairs:
-    """The own losses on pairs of a good and a bad completion, and what the adversary makes of them."""
-
-    def __init__(
-        self, config: LatConfig, operation: Operation, pairs: TemplateRows, retain: Sequence[Encoded], scorer: Scorer
-    ) -> None:
-        from llmsurgery.train.pairs import Margins
-
-        self.config, self.operation, self.retain, self.scorer = config, operation, retain, scorer
-        self.pairs, self.random = pairs, operation.training.random
-        self.texts: dict[int, str] = {}
-        self.margins: Margins | None = None
-        if config.base == "preference":
-            # The reference is that of one good completion, so each row keeps its own.
-            self._draw(range(len(pairs.forget)))
-            self.margins = Margins(scorer, pairs.forget, self.good, config.preference, operation.progress)
-
-    def _draw(self, rows: Sequence[int]) -> None:
-        self.texts.update({i: self.pairs.preferred[i] or self.random.choice(self.pairs.templates) for i in rows})
-
-    def renew(self, rows: Sequence[int]) -> None:
-        """Draw the template answers of an outer step."""
-        if self.margins is None:
-            self._draw(rows)
-
-    def good(self, row: int) -> Encoded:
-        """Return the prompt of a row with its good completion."""
-        return self.pairs.pair(row, self.texts[row])
-
-    def loss(self) -> RowLoss:
-        """Return the defence, with the retain rows' terms."""
-        from llmsurgery.train.losses import Partners, RowLoss
-        from llmsurgery.train.pairs import benign_term, opposing_term
-
-        config, session, rows = self.config, self.operation.training, len(self.pairs.forget)
-        if self.margins is not None:
-            forget = self._preference(self.margins)
-        else:
-            weights = config.toward_weight, config.away_weight
-            forget = opposing_term(self.scorer, self.pairs.forget, self.good, *weights)
-        retain = None
-        if config.sft_weight or config.kl_weight:
-            partners = Partners(len(self.retain), rows, config.training, session)
-            weights, normalised = (config.sft_weight, config.kl_weight), config.kl_mode == "normalised"
-            progress = self.operation.progress
-            retain = benign_term(self.scorer, self.retain, partners, *weights, normalised, progress)
-        return RowLoss(rows, session, forget, retain, self.pairs.record())
-
-    def _preference(self, margins: Margins) -> Term:
-        from llmsurgery.train.losses import Term
-        from llmsurgery.train.pairs import preference_loss
-
-        def value(indices: Sequence[int]) -> torch.Tensor:
-            reference = margins.reference(indices)
-            return preference_loss(margins(indices), reference, self.config.beta, self.config.preference).mean()
-
-        return Term(value)
-
-    def objective(self) -> RowsObjective:
-        """Return what the adversary minimises: the defence with good and bad exchanged."""
-        from llmsurgery.train.pairs import opposing_rows, preference_loss
-
-        config = self.config
-
-        def exchanged(indices: Sequence[int]) -> torch.Tensor:
-            if (margins := self.margins) is not None:
-                reference = margins.reference(indices)
-                return preference_loss(-margins(indices), -reference, config.beta, config.preference).sum()
-            bad, good = [self.pairs.forget[i] for i in indices], [self.good(i) for i in indices]
-            toward = config.adversary_toward if config.targeted else 0.0
-            return opposing_rows(self.scorer, bad, good, toward, config.adversary_away)
-
-        return exchanged
