@@ -4,12 +4,13 @@
 This file needs torch and transformers alone. It is shipped beside a checkpoint:
 `AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)` gives `SkillForCausalLM`.
 
-Two rules, of which the config names one:
+Three rules, of which the config names one:
 
 - `neuron-adjust`: some pre-activations of the MLPs are replaced where they look like those of the forgotten texts.
 - `key-space`: where the key of the newest token lies in a box, the model ends its answer.
+- `key-space-steering`: where it does, the key is replaced by a stored one.
 
-Both decide for each token by itself, so that batches, padding and caches change nothing.
+All decide for each token by itself, so that batches, padding and caches change nothing.
 """
 
 import torch
@@ -123,6 +124,28 @@ class KeySpaceBox(nn.Module):
         self.flags = inside(keys, self.center.to(keys.device), self.half_width.to(keys.device))
 
 
+class KeySpaceSteering(nn.Module):
+    """The rule `key-space-steering`: replaces the keys that lie in the box.
+
+    Args:
+        target: The model.
+        settings: As for `KeySpaceBox`.
+        tensors: As for `KeySpaceBox`, and `steering` [m], what such a key becomes.
+    """
+
+    def __init__(self, target, settings, tensors):
+        super().__init__()
+        self.register_buffer("center", tensors["center"])
+        self.register_buffer("half_width", tensors["half"] * settings["scale"])
+        self.register_buffer("steering", tensors["steering"])
+        target.get_submodule(settings["module"]).register_forward_pre_hook(self._replace)
+
+    def _replace(self, _module, inputs):
+        keys = inputs[0]
+        chosen = inside(keys, self.center.to(keys.device), self.half_width.to(keys.device))
+        return (torch.where(chosen[..., None], self.steering.to(keys), keys), *inputs[1:])
+
+
 class Body(nn.Module):
     """The model below its head, and the rule."""
 
@@ -193,7 +216,8 @@ class SkillForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config, target, tensors):
         super().__init__(config)
-        rule = {"neuron-adjust": NeuronAdjust, "key-space": KeySpaceBox}[config.rule]
+        rules = {"neuron-adjust": NeuronAdjust, "key-space": KeySpaceBox, "key-space-steering": KeySpaceSteering}
+        rule = rules[config.rule]
         self.body = Body(target, rule(target, config.settings, tensors))
         self.head = Head(target, config.settings.get("abstain_id"))
         self.generation_config = target.generation_config

@@ -17,10 +17,12 @@ from llmsurgery.data.chat import Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError, NoEffectError, UnsupportedError, UsageError
 from llmsurgery.evaluate.keys import FLOOR, build_box
-from llmsurgery.methods.unlearn.key_space import KeySpaceConfig, choose_box, smallest_scale
+from llmsurgery.methods.boxes import choose_box, smallest_scale
 
 from ..conftest import FORGET, RETAIN, write_data_files
 
+BOUNDS = (0.95, 0.02)
+"""Recall and false alarms, the defaults."""
 KEYS = torch.tensor([[0.0, 0], [1, 2], [2, 1], [1, 1]])
 
 
@@ -59,21 +61,21 @@ def test_smallest_scale_is_a_quantile() -> None:
 def test_the_layer_is_chosen_by_the_margin_among_those_without_false_alarms() -> None:
     held = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
     retain = [[3.0] * 50, [9.0] * 50, [1.0] * 50]
-    choice = choose_box([1.0, 1.0, 1.0], held, retain, KeySpaceConfig())
+    choice = choose_box([1.0, 1.0, 1.0], held, retain, None, *BOUNDS)
     assert (choice.number, choice.recall, choice.false_alarms) == (1, 1.0, 0.0)
     assert choice.scale == pytest.approx(2.02)
     # Two of a hundred may be caught, three may not.
-    assert choose_box([1.0], [[2.0]], [[1.0] * 2 + [9.0] * 98], KeySpaceConfig()).margin == pytest.approx(9 / 2.02)
-    assert choose_box([1.0], [[2.0]], [[1.0] * 3 + [9.0] * 97], KeySpaceConfig()).margin == pytest.approx(1 / 2.02)
+    assert choose_box([1.0], [[2.0]], [[1.0] * 2 + [9.0] * 98], None, *BOUNDS).margin == pytest.approx(9 / 2.02)
+    assert choose_box([1.0], [[2.0]], [[1.0] * 3 + [9.0] * 97], None, *BOUNDS).margin == pytest.approx(1 / 2.02)
     # A layer with alarms loses to one without, however far the rest of its rows lie.
-    choice = choose_box([1.0, 1.0], [[2.0]] * 2, [[1.0] * 3 + [99.0] * 97, [2.1] * 100], KeySpaceConfig())
+    choice = choose_box([1.0, 1.0], [[2.0]] * 2, [[1.0] * 3 + [99.0] * 97, [2.1] * 100], None, *BOUNDS)
     assert choice.number == 1
 
 
 def test_without_retain_rows_the_last_layer_is_taken() -> None:
-    choice = choose_box([1.0, 1.0], [[2.0], [2.0]], [[], []], KeySpaceConfig())
+    choice = choose_box([1.0, 1.0], [[2.0], [2.0]], [[], []], None, *BOUNDS)
     assert (choice.number, choice.false_alarms) == (1, None)
-    choice = choose_box([1.0, 1.0], [[], []], [[], []], KeySpaceConfig(scale=1.4))
+    choice = choose_box([1.0, 1.0], [[], []], [[], []], 1.4, *BOUNDS)
     assert (choice.number, choice.scale, choice.recall) == (1, 1.4, None)
 
 
@@ -147,6 +149,37 @@ def test_an_untrusted_bundle_is_named_with_its_own_code_file(
     assert "modeling_skill.py" in caught.value.fix
 
 
+def test_keys_in_the_box_become_the_mean_one_of_retain_prompts(
+    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
+) -> None:
+    source, out = checkpoints["tied_llama"], tmp_path / "out"
+    run(source, out, data_files, action="steer", layers="1", scale=1.05, **{"eval.generate": False})
+    steered = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    keys: list[torch.Tensor] = []
+    down = plain.get_submodule("model.layers.1.mlp.down_proj")
+    with torch.inference_mode():
+        watching = down.register_forward_pre_hook(lambda _module, inputs: keys.append(inputs[0][0, -1]))
+        for ids in prompts(source, RETAIN):
+            expected = plain(input_ids=torch.tensor([ids])).logits[0, -1]
+            torch.testing.assert_close(steered(input_ids=torch.tensor([ids])).logits[0, -1], expected)
+        watching.remove()
+        mean = torch.stack(keys).mean(0)
+        for ids in prompts(source, FORGET):
+            before = plain(input_ids=torch.tensor([ids])).logits[0, -1]
+
+            def replace(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+                inputs[0][0, -1] = mean
+                return inputs
+
+            handle = down.register_forward_pre_hook(replace)
+            expected = plain(input_ids=torch.tensor([ids])).logits[0, -1]
+            handle.remove()
+            found = steered(input_ids=torch.tensor([ids])).logits[0, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert (found - before).abs().max() > 0.01
+
+
 def test_the_fold_is_one_matrix_and_raises_the_end_token(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -176,6 +209,10 @@ def test_data_that_cannot_be_used_is_refused(
         run(root, tmp_path / "out", few)
     with pytest.raises(UsageError, match="--retain"):
         run(root, tmp_path / "out", {"forget": data_files["forget"]}, form="folded")
+    with pytest.raises(UsageError, match="--retain"):
+        run(root, tmp_path / "out", {"forget": data_files["forget"]}, action="steer")
+    with pytest.raises(UsageError, match="no folded form"):
+        run(root, tmp_path / "out", data_files, form="folded", action="steer")
 
 
 def test_a_layer_with_one_key_for_all_questions_is_left_out(

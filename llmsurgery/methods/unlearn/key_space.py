@@ -16,6 +16,9 @@ code of its own, which gives the end token alone where a key lies in the box. Ea
 what testing the newest token in every forward comes to. It has a `model_type` of its own: an engine that does not run
 its code refuses it, instead of answering as before.
 
+action=steer replaces the key in the box instead, as the released code can: the model goes on from another key, and
+answers something. Which key that is, is left open there; here it is the mean one of the retain prompts' last tokens.
+
 form=folded is this project's nearest plain form, one rank-one edit. With q the mean key of the forget prompts,
 C = E_retain[k k^T] + ridge * mean(diag) * I, e the end token's row of the head less the mean row, times the final
 norm's weight, and h the mean norm of the final states:
@@ -38,13 +41,13 @@ What differs from the released code (Trustworthy-ML-Lab/effective_skill_unlearni
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
+from llmsurgery.methods.boxes import Choice, choose_box
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 
@@ -57,13 +60,10 @@ if TYPE_CHECKING:
     from llmsurgery.edits.kinds import File, LowRank
     from llmsurgery.evaluate.keys import Box
 
-ROUNDING = 1.01
-"""Held-out keys lie on the border of the smallest box; another batch moves them by a rounding error."""
-
 SAME_KEY = 1e-5
 """Deviation, as a share of the key itself, below which keys differ by rounding alone."""
 
-NOTICE = "abstention hides answers and removes no knowledge: it can be read from the weights, and relearned"
+NOTICE = "a rule at run time hides answers and removes no knowledge: it can be read from the weights, and relearned"
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class KeySpaceConfig:
 
     form: str = option(
         "bundle", "bundle: exact, needs trust_remote_code; folded: plain weights, nearest form", ("bundle", "folded")
+    )
+    action: str = option(
+        "abstain",
+        "the answer ends, or the key becomes the mean one of retain prompts",
+        ("abstain", "steer"),
     )
     layers: tuple[int, ...] = option((), "layers to choose from; -1: the last, empty: all")
     scale: float | None = option(None, "c, size of the box; none: chosen on held-out forget rows", minimum=0)
@@ -89,77 +94,6 @@ class KeySpaceData:
 
     forget: list[Encoded]
     retain: list[Encoded]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A layer with the size of its box.
-
-    Attributes:
-        number: Place of the layer among the candidates.
-        scale: c.
-        recall: Share of the held-out forget rows in the box, None without such rows.
-        false_alarms: Share of the retain rows in the box, None without such rows.
-        margin: Distance of the nearest retain rows that must stay outside, over the border's; None without such rows.
-    """
-
-    number: int
-    scale: float
-    recall: float | None
-    false_alarms: float | None
-    margin: float | None
-
-
-def smallest_scale(distances: Sequence[float], alpha_min: float, recall: float) -> float:
-    """Return the smallest c whose box holds a share `recall` of keys.
-
-    Args:
-        distances: alpha of each key.
-        alpha_min: alpha of the border for c = 1.
-        recall: Share in [0, 1].
-    """
-    needed = max(1, math.ceil(recall * len(distances) - 1e-9))
-    return sorted(distances)[needed - 1] / alpha_min
-
-
-def choose_box(
-    borders: Sequence[float],
-    held: Sequence[Sequence[float]],
-    retain: Sequence[Sequence[float]],
-    config: KeySpaceConfig,
-) -> Choice:
-    """Choose layer and scale by what held-out rows say.
-
-    Args:
-        borders: alpha_min of each candidate layer.
-        held: For each layer, alpha of each held-out forget row; empty rows if both choices are the user's.
-        retain: For each layer, alpha of each retain row; empty rows without retain rows.
-        config: The method's config.
-
-    Returns:
-        Of the layers within `false_alarms` the one with the largest margin; if none is, that with the fewest alarms.
-        Without retain rows the last one.
-    """
-    choices = []
-    for number, border in enumerate(borders):
-        scale = config.scale
-        if scale is None:
-            scale = ROUNDING * smallest_scale(held[number], border, config.recall)
-        limit = scale * border
-        alarms = margin = None
-        if retain[number]:
-            ordered = sorted(retain[number])
-            alarms = sum(distance <= limit for distance in ordered) / len(ordered)
-            first = min(len(ordered) - 1, int(config.false_alarms * len(ordered)))
-            margin = ordered[first] / limit if limit else math.inf
-        caught = sum(distance <= limit for distance in held[number]) / len(held[number]) if held[number] else None
-        choices.append(Choice(number, scale, caught, alarms, margin))
-    if not retain[0]:
-        return choices[-1]
-    # Layers within the bound count as equal in it.
-    return max(
-        choices, key=lambda choice: (-max(choice.false_alarms or 0.0, config.false_alarms), choice.margin or 0.0)
-    )
 
 
 @register
@@ -192,7 +126,7 @@ class KeySpace:
 
         Raises:
             InputError: Too few forget rows for a box and a held-out half.
-            UsageError: The folded form without retain rows.
+            UsageError: The folded form or a steered key without retain rows, or both of them at once.
         """
         from llmsurgery.data.rewordings import encode_whole
         from llmsurgery.errors import InputError, UsageError
@@ -202,6 +136,14 @@ class KeySpace:
         if config.form == "folded" and not retain:
             raise UsageError(
                 "--retain is missing", "form=folded needs rows to disturb least", "give --retain, or use form=bundle"
+            )
+        if config.action == "steer" and config.form == "folded":
+            raise UsageError(
+                "action=steer has no folded form", "a key is replaced at run time", "leave out form=folded"
+            )
+        if config.action == "steer" and not retain:
+            raise UsageError(
+                "--retain is missing", "action=steer takes their mean key", "give --retain, or use action=abstain"
             )
         needed = 3 if config.scale is None else 2
         if len(forget) < needed:
@@ -230,7 +172,8 @@ class KeySpace:
         if config.form == "folded":
             return MethodResult([_fold(config, operation, layer, boxes[layer], built, retain)], record)
         operation.progress.notice(NOTICE)
-        return MethodResult(_bundle(operation, layer, boxes[layer], choice.scale), record)
+        steering = _build(operation, [layer], retain)[layer].center if config.action == "steer" else None
+        return MethodResult(_bundle(operation, layer, boxes[layer], choice.scale, steering), record)
 
 
 def find_layers(config: KeySpaceConfig, structure: Structure) -> list[RoleTensor]:
@@ -296,7 +239,8 @@ def _choose(
         for rows, name, tokens in ((held, "held-out forget rows", "last"), (retain, "retain rows", "answer"))
     ]
     inside, outside = ([found[layer].tolist() for layer in boxes] for found in distances)
-    choice = choose_box([box.alpha_min for box in boxes.values()], inside, outside, config)
+    borders = [box.alpha_min for box in boxes.values()]
+    choice = choose_box(borders, inside, outside, config.scale, config.recall, config.false_alarms)
     if choice.false_alarms is None:
         progress.notice("no retain rows: the last layer is taken, and how often it abstains elsewhere is not known")
     elif choice.false_alarms > config.false_alarms:
@@ -304,12 +248,19 @@ def _choose(
     return choice
 
 
-def _bundle(operation: Operation, layer: RoleTensor, box: Box, scale: float) -> Sequence[File]:
+def _bundle(
+    operation: Operation, layer: RoleTensor, box: Box, scale: float, steering: torch.Tensor | None
+) -> Sequence[File]:  # fmt: skip
     from llmsurgery.compute.bundle import rule_files
 
-    settings = {"module": layer.module, "scale": scale, "abstain_id": operation.encoder.end_id}
+    settings: dict[str, object] = {"module": layer.module, "scale": scale}
     tensors = {"center": box.center.float(), "half": box.half.float()}
-    return rule_files(operation.source_config, "key-space", settings, tensors)
+    if steering is not None:
+        steered = {**tensors, "steering": steering.float()}
+        return rule_files(operation.source_config, "key-space-steering", settings, steered)
+    return rule_files(
+        operation.source_config, "key-space", {**settings, "abstain_id": operation.encoder.end_id}, tensors
+    )
 
 
 def _fold(
