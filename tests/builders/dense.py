@@ -83,7 +83,7 @@ def phi3(root: Path) -> Path:
 def olmo2(root: Path) -> Path:
     """bf16, two shards or more."""
     torch.manual_seed(17)
-    return save(fill(Olmo2ForCausalLM(Olmo2Config(**GROUPED)), 17), root, torch.bfloat16, shards=True)
+    return save(fill(Olmo2ForCausalLM(Olmo2Config(**GROUPED)), 17), root, torch.bfloat16, shard_size="40KB")
 
 
 def gpt_neox(root: Path) -> Path:

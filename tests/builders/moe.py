@@ -45,7 +45,7 @@ def mixtral(root: Path) -> Path:
     """bf16, stored under `block_sparse_moe` in shards."""
     torch.manual_seed(21)
     config = MixtralConfig(**GROUPED, num_local_experts=4)
-    return save(fill(MixtralForCausalLM(config), 21), root, torch.bfloat16, shards=True)
+    return save(fill(MixtralForCausalLM(config), 21), root, torch.bfloat16, shard_size="40KB")
 
 
 def qwen2_moe(root: Path) -> Path:

@@ -26,10 +26,9 @@ SIZES: dict[str, Any] = {
 """Names that most configs of transformers share."""
 
 
-def save(model: PreTrainedModel, root: Path, dtype: torch.dtype, shards: bool = False) -> Path:
-    """Write a model with tokenizer and card as stock transformers would."""
-    size = "40KB" if shards else "1GB"
-    model.to(dtype).save_pretrained(root, max_shard_size=size)
+def save(model: PreTrainedModel, root: Path, dtype: torch.dtype, shard_size: str = "1GB") -> Path:
+    """Write a model with tokenizer and card as stock transformers would, in files of at most `shard_size`."""
+    model.to(dtype).save_pretrained(root, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(root)
     (root / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# tiny model\n")
     return root

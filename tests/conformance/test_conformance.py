@@ -233,6 +233,10 @@ def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return best
 
 
+def test_one_of_the_checkpoints_has_five_shards(checkpoints: dict[str, Path]) -> None:
+    assert len(Checkpoint.open(checkpoints["sharded_llama"]).shards) == 5
+
+
 @pytest.mark.parametrize(("method", "architecture", "train"), cases(BUILDERS, ("lora", "full")))
 def test_patch_leads_there_and_revert_leads_back(
     method: str, architecture: str, train: str, runs: Runs, tmp_path: Path
