@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import Operation
 from llmsurgery.train.config import option
+from llmsurgery.train.value_config import ValueConfig
 
 if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor, Structure
@@ -21,6 +22,9 @@ TARGETS = ("text", "refusal", "entropy", "erase")
 NAME_PROMPTS = {"text": "{} is", "refusal": "What do you know about {}?", "entropy": "{} is", "erase": "{} is"}
 STARTS = ("The", "Therefore", "Because", "I", "You")
 """How openings begin in MEMIT."""
+
+SEARCH = ValueConfig(value_clamp=0.75)
+"""How MEMIT looks for the value of a fact."""
 
 TRACED = 8
 """Facts that are traced at most to choose layers."""
@@ -43,6 +47,48 @@ class FactConfig:
     )  # fmt: skip
     gamma: float = option(1.0, "target=erase: share of what the matrix writes at the keys that is taken out", minimum=0)
     tokens: int = option(0, "tokens of --text for second moments; 0: ten per dimension of a key", minimum=0)
+
+
+@dataclass(frozen=True)
+class SpanConfig:
+    """Where methods that write many facts write them, and what their keys are taken after."""
+
+    layers: tuple[int, ...] = option((), "layers to edit; empty: where a trace finds subjects recalled")
+    span: int = option(
+        0, "layers that are edited where `layers` is empty; 0: an eighth of the depth, 1 to 5", minimum=0
+    )
+    opening_tokens: int = option(10, "length of the openings that keys are averaged over; 0: none", minimum=0)
+
+
+@dataclass(frozen=True)
+class FactPlan:
+    """What is written where.
+
+    Attributes:
+        rewrites: The facts, in all their contexts.
+        chosen: The matrices, in order of layer.
+        record: How they were chosen, and how many openings and keys there are, for the manifest.
+    """
+
+    rewrites: list[Rewrite]
+    chosen: list[RoleTensor]
+    record: dict[str, object]
+
+
+def plan_facts(operation: Operation, config: FactConfig, spans: SpanConfig) -> FactPlan:
+    """Draw the openings, read the facts, and choose the layers.
+
+    Args:
+        operation: What the method is given.
+        config: How facts are read.
+        spans: Where they may go.
+    """
+    openings = draw_openings(operation, STARTS, spans.opening_tokens)
+    rewrites = make_rewrites(config, operation.encoder, operation.pairs, openings)
+    targets = find_matrices(operation.structure, spans.layers)
+    span = span_of(spans.span, operation.structure)
+    chosen, record = choose_layers(operation, config, targets, rewrites, span, bool(spans.layers))
+    return FactPlan(rewrites, chosen, record | {"openings": len(openings), "keys": len(rewrites)})
 
 
 def find_matrices(structure: Structure, layers: Sequence[int], post_norm: bool = False) -> list[RoleTensor]:

@@ -34,15 +34,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.concepts import free_directions, largest_lambda, layer_of
-from llmsurgery.methods.facts import (
-    STARTS,
-    FactConfig,
-    choose_layers,
-    draw_openings,
-    find_matrices,
-    make_rewrites,
-    span_of,
-)
+from llmsurgery.methods.facts import SEARCH, FactConfig, SpanConfig, find_matrices, make_rewrites, plan_facts
 from llmsurgery.methods.kept_keys import keys_file, read_keys
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
@@ -61,16 +53,12 @@ if TYPE_CHECKING:
 class AlphaEditConfig:
     """Hyperparameters of null-space editing; `llmsurgery methods alphaedit` prints them with their help."""
 
-    layers: tuple[int, ...] = option((), "layers to edit; empty: where a trace finds subjects recalled")
-    span: int = option(
-        0, "layers that are edited where `layers` is empty; 0: an eighth of the depth, 1 to 5", minimum=0
-    )
     tau: float = option(0.02, "eigenvalues of E[k k^T] from which a direction is protected", minimum=0)
     l2: float | None = option(None, "lambda; none: the largest of 1, 0.1, ... that writes 90%", minimum=0)
     batch: int = option(0, "facts that are written at a time; 0: all", minimum=0)
-    opening_tokens: int = option(10, "length of the openings that keys are averaged over; 0: none", minimum=0)
+    spans: SpanConfig = field(default_factory=SpanConfig)
     facts: FactConfig = field(default_factory=FactConfig)
-    search: ValueConfig = field(default_factory=lambda: ValueConfig(value_clamp=0.75))
+    search: ValueConfig = field(default_factory=lambda: SEARCH)
 
 
 @register
@@ -98,7 +86,7 @@ class AlphaEdit:
         Raises:
             UnsupportedError: No dense MLP, or a norm after it.
         """
-        return find_matrices(structure, config.layers)
+        return find_matrices(structure, config.spans.layers)
 
     def prepare(self, config: AlphaEditConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> None:
         """No rows are needed: pairs are checked by `check_pairs`."""
@@ -115,12 +103,8 @@ class AlphaEdit:
         """Choose the layers, look for the values, and write them layer by layer."""
         from llmsurgery.methods.fact_writing import find_statistics, write_layers
 
-        openings = draw_openings(operation, STARTS, config.opening_tokens)
-        rewrites = make_rewrites(config.facts, operation.encoder, operation.pairs, openings)
-        targets = find_matrices(operation.structure, config.layers)
-        span = span_of(config.span, operation.structure)
-        chosen, record = choose_layers(operation, config.facts, targets, rewrites, span, bool(config.layers))
-        statistics = find_statistics(operation, config.facts, chosen)
+        plan = plan_facts(operation, config.facts, config.spans)
+        statistics = find_statistics(operation, config.facts, plan.chosen)
         free = {layer: free_directions(of_layer, config.tau) for layer, of_layer in statistics.items()}
         kept = read_keys(operation.beside)
         earlier = {layer: keys.double() for layer, keys in kept.items()}
@@ -145,8 +129,6 @@ class AlphaEdit:
             facts = {"lambda": l2[0], "free_key": inner.tolist(), **free[layer].record}
             return factors, facts | {"earlier_keys": 0 if before is None else before.shape[1]}
 
-        edits, written = write_layers(
-            operation, config.facts, config.search, chosen, rewrites, update, config.batch or len(rewrites)
-        )
-        record |= {"openings": len(openings), "keys": len(rewrites)}
-        return MethodResult(edits, record | written, chosen, keys_file(kept, own))
+        batch = config.batch or len(plan.rewrites)
+        edits, written = write_layers(operation, config.facts, config.search, plan.chosen, plan.rewrites, update, batch)
+        return MethodResult(edits, plan.record | written, plan.chosen, keys_file(kept, own))

@@ -32,15 +32,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.concepts import ENOUGH, layer_of
-from llmsurgery.methods.facts import (
-    STARTS,
-    FactConfig,
-    choose_layers,
-    draw_openings,
-    find_matrices,
-    make_rewrites,
-    span_of,
-)
+from llmsurgery.methods.facts import SEARCH, FactConfig, SpanConfig, find_matrices, make_rewrites, plan_facts
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 from llmsurgery.train.value_config import ValueConfig
@@ -60,16 +52,12 @@ WEIGHT = 20000.0
 class MemitConfig:
     """Hyperparameters of MEMIT; `llmsurgery methods memit` prints them with their help."""
 
-    layers: tuple[int, ...] = option((), "layers to edit; empty: where a trace finds subjects recalled")
-    span: int = option(
-        0, "layers that are edited where `layers` is empty; 0: an eighth of the depth, 1 to 5", minimum=0
-    )
     weight: float | None = option(
         None, "lambda, the tokens of text that C is worth; none: the largest that writes 90%", minimum=0
     )
-    opening_tokens: int = option(10, "length of the openings that keys are averaged over; 0: none", minimum=0)
+    spans: SpanConfig = field(default_factory=SpanConfig)
     facts: FactConfig = field(default_factory=FactConfig)
-    search: ValueConfig = field(default_factory=lambda: ValueConfig(value_clamp=0.75))
+    search: ValueConfig = field(default_factory=lambda: SEARCH)
 
 
 @register
@@ -97,7 +85,7 @@ class Memit:
         Raises:
             UnsupportedError: No dense MLP, or a norm after it.
         """
-        return find_matrices(structure, config.layers)
+        return find_matrices(structure, config.spans.layers)
 
     def prepare(self, config: MemitConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> None:
         """No rows are needed: pairs are checked by `check_pairs`."""
@@ -114,12 +102,8 @@ class Memit:
         """Choose the layers, look for the values, and write them layer by layer."""
         from llmsurgery.methods.fact_writing import find_statistics, solver, write_layers
 
-        openings = draw_openings(operation, STARTS, config.opening_tokens)
-        rewrites = make_rewrites(config.facts, operation.encoder, operation.pairs, openings)
-        targets = find_matrices(operation.structure, config.layers)
-        span = span_of(config.span, operation.structure)
-        chosen, record = choose_layers(operation, config.facts, targets, rewrites, span, bool(config.layers))
-        statistics = find_statistics(operation, config.facts, chosen)
+        plan = plan_facts(operation, config.facts, config.spans)
+        statistics = find_statistics(operation, config.facts, plan.chosen)
         weight: list[float] = [] if config.weight is None else [config.weight]
 
         def update(
@@ -135,8 +119,8 @@ class Memit:
             factors = insert_factors(keys, residuals, lambda _: solved, weight[0])
             return factors, {"weight": weight[0], "inner": inner.tolist(), **facts}
 
-        edits, written = write_layers(operation, config.facts, config.search, chosen, rewrites, update)
-        return MethodResult(edits, record | {"openings": len(openings), "keys": len(rewrites)} | written, chosen)
+        edits, written = write_layers(operation, config.facts, config.search, plan.chosen, plan.rewrites, update)
+        return MethodResult(edits, plan.record | written, plan.chosen)
 
 
 def largest_weight(inner: float) -> float:
