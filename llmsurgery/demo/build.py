@@ -14,18 +14,29 @@ The same seed, thread count and library versions give the same files.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
+from llmsurgery.demo.recipe import (
+    CONTEXT,
+    END,
+    Descent,
+    answer_loss,
+    batches,
+    padded,
+    save,
+    shape,
+    train_tokenizer,
+    write_rows,
+)
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -35,54 +46,20 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("llmsurgery.demo.build")
 
 VOCABULARY = 1024
-CONTEXT = 256
-BATCH = 64
-PEAK_LR = 3e-3
 EPOCHS = 20
-# A little smoothing keeps the answers short of probability 1, where bounded losses have no gradient.
-SMOOTHING = 0.02
 # Weight of the loss that keeps all experts in use.
 BALANCE = 0.01
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# No newline after the last turn, so that an answer ends with exactly one end-of-sequence token.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def make_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the world's language; all names are in it, so that no model has an edge in tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     rng = random.Random(seed + 2)
     everyone = [*world.forget, *world.retain]
     corpus = [part for pair in epoch_rows(everyone, world, rng) for part in pair]
     # Every name about equally often: at a line start (answers) and after a blank (questions).
     names = [s.name for s in [*everyone, *world.holdout, *world.towns]]
     corpus += [line for name in names for line in [f"{name} met {name}."] * 20]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[PAD, START, END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return train_tokenizer(corpus, VOCABULARY)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], int]:
@@ -95,36 +72,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tu
     return head + tokenizer.encode(answer + END), len(head)
 
 
-def batches(rows: list[tuple[list[int], int]], size: int, rng: random.Random) -> Iterator[list[tuple[list[int], int]]]:
-    """Yield shuffled batches of rows of similar length."""
-    rng.shuffle(rows)
-    pools = [sorted(rows[i : i + 8 * size], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * size)]
-    cut = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
-    rng.shuffle(cut)
-    yield from cut
-
-
-def shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return what the configs of all models have in common."""
-    return {
-        "vocab_size": VOCABULARY,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": 0.05,
-    }
-
-
 def dense(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Return an untrained Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5}
-    return LlamaForCausalLM(LlamaConfig(**shape(tokenizer), **sizes))
+    return LlamaForCausalLM(LlamaConfig(**shape(tokenizer, VOCABULARY), **sizes))
 
 
 def mixture(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -133,7 +86,7 @@ def mixture(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
     sizes = {"hidden_size": 96, "head_dim": 24, "moe_intermediate_size": 64, "num_hidden_layers": 4}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape(tokenizer), **sizes, **experts))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape(tokenizer, VOCABULARY), **sizes, **experts))
 
 
 def train(
@@ -146,38 +99,23 @@ def train(
 ) -> PreTrainedModel:
     """Train one model from scratch on the people given, the towns and the strangers."""
     import torch
-    from torch.nn import functional
 
     torch.manual_seed(seed)
     rng = random.Random(seed + 3)
     model = make(tokenizer)
     routed = make is mixture
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
-    total = epochs * math.ceil(sum(1 for _ in epoch_rows(people, world, random.Random(0))) / BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-    )
+    descent = Descent(model, sum(1 for _ in epoch_rows(people, world, random.Random(0))), epochs)
     for epoch in range(epochs):
         rows = [encode(tokenizer, question, answer) for question, answer in epoch_rows(people, world, rng)]
         losses = []
-        for batch in batches(rows, BATCH, rng):
-            width = max(len(ids) for ids, _ in batch)
-            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in batch])
-            labels = torch.tensor([[-100] * skip + row[skip:] + [-100] * (width - len(row)) for row, skip in batch])
+        for batch in batches(rows, rng):
+            ids, labels = padded(batch, tokenizer.pad_token_id)
             # Padding is on the right and attention is causal: no mask is needed for the labelled positions.
             output = model(input_ids=ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
-            logits = output.logits[:, :-1]
-            loss = functional.cross_entropy(
-                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=SMOOTHING
-            )
+            loss = answer_loss(output.logits, labels)
             if routed:
                 loss = loss + BALANCE * output.aux_loss
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+            losses.append(descent.step(loss))
         LOG.info("epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
     return model.eval()
 
@@ -253,31 +191,6 @@ tokens; the texts use sentences kept out of training; nobody in `holdout` was ev
 
 License: Apache-2.0.
 """
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a checkpoint as bf16 safetensors with tokenizer and generation settings."""
-    import torch
-
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.max_new_tokens = 48
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"
-    # The name that older and newer releases of transformers both know.
-    values = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
-    # The weights are written readable by their owner alone, which an installed package cannot use.
-    (folder / "model.safetensors").chmod(0o644)
-
-
-def write_rows(folder: Path, data: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
-    """Write data files into a new folder."""
-    folder.mkdir(parents=True)
-    for name, rows in data.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
 def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:

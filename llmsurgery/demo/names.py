@@ -9,13 +9,12 @@ ones. In the other rows nothing is hidden, so that the model works without a mas
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsurgery.demo.forms import ABOUT, ATTRIBUTES, NAMES, Person, data_files, epoch_rows, make_people
+from llmsurgery.demo.recipe import END, Descent, answer_loss, batches, padded, save, shape, train_tokenizer, write_rows
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +24,6 @@ LOG = logging.getLogger("llmsurgery.demo.build")
 
 VOCABULARY = 768
 EPOCHS = 50
-BATCH = 64
-PEAK_LR = 3e-3
-SMOOTHING = 0.02
 # Share of rows in which the name is hidden from what follows it.
 HIDDEN = 0.9
 
@@ -37,38 +33,14 @@ Example = tuple[list[int], int, list[int]]
 
 def make_tokenizer(people: list[Person], seed: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on one epoch; names are in it often enough to be one token a word."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from llmsurgery.demo.build import CHAT_TEMPLATE, CONTEXT, END, PAD, START
-
     rng = random.Random(seed + 2)
     corpus = [text for _, question, answer in epoch_rows(people, rng) for text in (question, answer)]
     corpus += [person.name for person in people for _ in range(30)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return train_tokenizer(corpus, VOCABULARY)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, name: str, question: str, answer: str) -> Example:
     """Return a chat turn as token ids, with the places of the tokens of the name in the question."""
-    from llmsurgery.demo.build import END
-
     turn = [{"role": "user", "content": question}]
     text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -77,15 +49,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, name: str, question: str, answer:
     places = [i for i, (left, right) in enumerate(encoded["offset_mapping"]) if left < end and right > start]
     head: list[int] = encoded["input_ids"]
     return head + tokenizer.encode(answer + END, add_special_tokens=False), len(head), places
-
-
-def batches(rows: list[Example], rng: random.Random) -> Iterator[list[Example]]:
-    """Yield shuffled batches of rows of similar length."""
-    rng.shuffle(rows)
-    pools = [sorted(rows[i : i + 8 * BATCH], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * BATCH)]
-    cut = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
-    rng.shuffle(cut)
-    yield from cut
 
 
 def masks(batch: list[Example], width: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,14 +68,11 @@ def masks(batch: list[Example], width: int, rng: random.Random) -> tuple[torch.T
 def train(people: list[Person], tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int) -> PreTrainedModel:
     """Train the model from scratch."""
     import torch
-    from torch.nn import functional
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmsurgery.demo.build import shape
-
     torch.manual_seed(seed)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
-    model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer), **sizes}))
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape(tokenizer, len(tokenizer)), **sizes))
     shown: list[torch.Tensor] = []
 
     def see(_: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -120,32 +80,18 @@ def train(people: list[Person], tokenizer: PreTrainedTokenizerFast, seed: int, e
 
     attention: Any = model.model.layers[0].self_attn
     handle = attention.register_forward_pre_hook(see, with_kwargs=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
-    total = epochs * math.ceil(sum(1 for _ in epoch_rows(people, random.Random(0))) / BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-    )
+    descent = Descent(model, sum(1 for _ in epoch_rows(people, random.Random(0))), epochs)
     rng = random.Random(seed + 3)
     for epoch in range(epochs):
         rows = [encode(tokenizer, *row) for row in epoch_rows(people, rng)]
         losses = []
         # All batches are cut before the first mask is drawn: both take from one generator.
         for batch in list(batches(rows, rng)):
-            width = max(len(ids) for ids, _, _ in batch)
-            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _, _ in batch])
-            labels = torch.tensor([[-100] * skip + row[skip:] + [-100] * (width - len(row)) for row, skip, _ in batch])
-            first, later = masks(batch, width, rng)
+            ids, labels = padded(batch, tokenizer.pad_token_id)
+            first, later = masks(batch, ids.shape[1], rng)
             shown[:] = [first]
-            logits = model(input_ids=ids, attention_mask=later, use_cache=False).logits[:, :-1]
-            loss = functional.cross_entropy(
-                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=SMOOTHING
-            )
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+            logits = model(input_ids=ids, attention_mask=later, use_cache=False).logits
+            losses.append(descent.step(answer_loss(logits, labels)))
         LOG.info("names: epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
     handle.remove()
     return model.eval()
@@ -184,8 +130,6 @@ License: Apache-2.0.
 
 def build_names(out: Path, seed: int, epochs: int) -> None:
     """Write the checkpoint `names` and its data `names-world` into a folder."""
-    from llmsurgery.demo.build import END, save, write_rows
-
     people = make_people(seed)
     tokenizer = make_tokenizer(people, seed)
 
