@@ -22,8 +22,9 @@ from llmsurgery.compute.decode import Vocabulary, decode_vectors
 from llmsurgery.edits.kinds import Add, Config, Edit
 from llmsurgery.errors import DamagedError, SurgeryError, UnsupportedError, UsageError
 from llmsurgery.methods import mlp_biases
+from llmsurgery.methods.clamp_neurons import neuron_places, parse_address
 from llmsurgery.methods.mlp_biases import require_announced
-from llmsurgery.methods.redirect.clamp import ClampConfig, neuron_places, parse_address
+from llmsurgery.methods.redirect.clamp import ClampConfig
 
 from ..builders.tokenizer import byte_tokenizer
 
