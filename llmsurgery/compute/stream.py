@@ -19,12 +19,13 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.blocks import blocks_path
 from llmsurgery.compute.entrances import Entrances, batch_digest
-from llmsurgery.compute.load import STORED, model_of_headers, require_finite_values
+from llmsurgery.compute.load import STORED, model_of_headers
 from llmsurgery.compute.lockstep import Call, Ended, current_call, private_hooks
 from llmsurgery.compute.progress import Progress
-from llmsurgery.compute.stored import fill_constants, read_stored
+from llmsurgery.compute.residents import Residents
+from llmsurgery.compute.stored import fill_constants
 from llmsurgery.compute.view import weight_view
-from llmsurgery.errors import UnsupportedError, UsageError
+from llmsurgery.errors import UsageError
 
 T = TypeVar("T")
 
@@ -51,14 +52,12 @@ class StreamedModel:
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, structure: Structure, device: torch.device):
         self.model = model
         self.blocks_read = 0
-        self._checkpoint, self._structure, self._device = checkpoint, structure, device
-        self._empty: dict[tuple[str, str], torch.Tensor] = {}
+        self._structure, self._device = structure, device
+        self._residents = Residents(model, checkpoint, structure, device)
         self._held: set[int] = set()
         self._loose: int | None = None
-        self._finite: set[str] = set()
         self._until: int | None = None
         self._since: int | None = None
-        self._replaced: dict[str, torch.Tensor] = {}
         self._entrances = Entrances()
         self._tail = False
 
@@ -88,7 +87,7 @@ class StreamedModel:
         model = model_of_headers(checkpoint, dtype, trust_remote_code, structure.family.buffers)
         fill_constants(model, device)
         streamed = cls(model, checkpoint, structure, device)
-        streamed._load(
+        streamed._residents.load(
             [tensor for tensor in structure.tensors if tensor.layer is None and tensor.role.startswith("embed")]
         )
         for number, path in enumerate([*streamed._paths(), structure.family.roles["norm.final"]]):
@@ -179,7 +178,7 @@ class StreamedModel:
             yield
         finally:
             self._leave()
-            self._replaced.clear()
+            self._residents.replaced.clear()
             self._entrances.forget_behind(numbers[0])
 
     def replacement(self, target: RoleTensor) -> torch.Tensor:
@@ -193,7 +192,7 @@ class StreamedModel:
         self._entrances.forget_behind(target.layer)
         if target.layer in self._held:
             return weight_view(self.model, target)
-        return self._replaced.setdefault(target.stored, torch.empty(target.shape, dtype=STORED[target.dtype]))
+        return self._residents.replaced.setdefault(target.stored, torch.empty(target.shape, dtype=STORED[target.dtype]))
 
     def run(
         self,
@@ -274,7 +273,7 @@ class StreamedModel:
         """Load the final norm and the head, if they are not there yet; they stay."""
         if not self._tail:
             outside = [tensor for tensor in self._structure.tensors if tensor.layer is None]
-            self._load([tensor for tensor in outside if not tensor.role.startswith("embed")])
+            self._residents.load([tensor for tensor in outside if not tensor.role.startswith("embed")])
             self._tail = True
 
     def _require_block(self, layer: int) -> None:
@@ -288,16 +287,8 @@ class StreamedModel:
         if place == self._structure.layers:
             self.load_head()
         elif place not in self._held:
-            self._load([tensor for tensor in self._structure.tensors if tensor.layer == place])
+            self._residents.load_block(place, self._paths()[place])
             self.blocks_read += 1
-            block = self.model.get_submodule(self._paths()[place])
-            named = [*block.named_parameters(), *block.named_buffers()]
-            if empty := [name for name, tensor in named if tensor.is_meta]:
-                raise UnsupportedError(
-                    f"block {place} has weights without a role, first {empty[0]}",
-                    f"the table of the family {self._structure.family.name} does not name them",
-                    "run the model without streaming",
-                )
 
     def _leave(self) -> None:
         """Drop the block that a forward outside of `run` has left behind."""
@@ -306,51 +297,8 @@ class StreamedModel:
         self._loose = None
 
     def _drop(self, place: int) -> None:
-        if place == self._structure.layers or place in self._held:
-            return
-        for tensor in self._structure.tensors:
-            if tensor.layer == place:
-                name = tensor.fused.parameter if tensor.fused else tensor.part
-                if (empty := self._empty.get((tensor.module, name))) is not None:
-                    self._put(tensor.module, name, empty)
-
-    def _put(self, path: str, name: str, values: torch.Tensor) -> None:
-        module = self.model.get_submodule(path)
-        if name in module._parameters:
-            whole = isinstance(values, torch.nn.Parameter)
-            module._parameters[name] = values if whole else torch.nn.Parameter(values, requires_grad=False)
-        else:
-            module._buffers[name] = values
-
-    def _load(self, tensors: Sequence[RoleTensor]) -> None:
-        """Read stored tensors to where they lie in the model."""
-        fused: set[tuple[str, str]] = set()
-        for tensor in tensors:
-            place = (tensor.module, tensor.fused.parameter if tensor.fused else tensor.part)
-            empty = self._empty.setdefault(place, getattr(self.model.get_submodule(place[0]), place[1]))
-            if tensor.fused is None:
-                self._put(*place, self._read(tensor, empty.dtype).to(self._device))
-                continue
-            if place not in fused:
-                self._put(*place, torch.empty(empty.shape, dtype=empty.dtype, device=self._device))
-                fused.add(place)
-            weight_view(self.model, tensor).copy_(self._read(tensor, empty.dtype))
-        shared = [(role, target) for role, target in self._structure.tied.items()]
-        for role, target in shared:
-            if any(tensor.role == target for tensor in tensors):
-                roles = self._structure.family.roles
-                source = self.model.get_submodule(roles[target])
-                self.model.get_submodule(roles[role])._parameters["weight"] = source._parameters["weight"]
-
-    def _read(self, tensor: RoleTensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a stored tensor on the CPU in a dtype."""
-        if (replaced := self._replaced.get(tensor.stored)) is not None:
-            return replaced.to(dtype)
-        values = read_stored(self._checkpoint, tensor.stored, dtype)
-        if tensor.stored not in self._finite:
-            require_finite_values(tensor.stored, values)
-            self._finite.add(tensor.stored)
-        return values
+        if place != self._structure.layers and place not in self._held:
+            self._residents.drop(place)
 
 
 def _skippable(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
