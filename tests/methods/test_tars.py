@@ -154,7 +154,7 @@ def test_what_all_final_states_share_is_no_part_of_the_direction(planted: Path, 
     data = pairs_file(tmp_path / "pairs.jsonl", {"from": "q", "prompts": ["the letter {}"]})
     records = {}
     for centre in (True, False):
-        manifest = run_tars(root, tmp_path / str(centre), data, n_edits=1, centre=centre)
+        manifest = run_tars(root, tmp_path / str(centre), data, n_edits=1, p_stop=0.2, centre=centre)
         records[centre] = record_of(manifest)
     assert [records[centre]["rows"][0]["neuron"] for centre in (True, False)] == [5, 7]
     assert records[True]["concepts"][0]["shared"] > 0.5

@@ -49,7 +49,7 @@ import json, resource, sys
 import peft, torch
 from llmsurgery import redirect
 from llmsurgery.errors import ResourceError
-import llmsurgery.run.streamed, llmsurgery.evaluate.redirection, llmsurgery.train.session, llmsurgery.report.record
+import llmsurgery.evaluate.redirection, llmsurgery.run.streamed, llmsurgery.train.session
 root, out, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 settings = json.loads(sys.argv[4])
 torch.set_num_threads(1)
