@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint
-from llmsurgery.compute.load import require_finite_values
+from llmsurgery.compute.load import STORED, require_finite_values
 from llmsurgery.compute.stored import read_stored
 from llmsurgery.compute.view import weight_view
 from llmsurgery.errors import UnsupportedError
@@ -33,6 +33,9 @@ class Residents:
         self._model, self._checkpoint, self._structure, self._device = model, checkpoint, structure, device
         self._empty: dict[tuple[str, str], torch.Tensor] = {}
         self._finite: set[str] = set()
+        # Memory of dropped tensors, which the next block of the same shapes takes: fresh pages cost as much time as
+        # reading does.
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
     def load_block(self, layer: int, path: str) -> None:
         """Read a block to where it lies in the model.
@@ -60,7 +63,19 @@ class Residents:
             if tensor.layer == layer:
                 name = tensor.fused.parameter if tensor.fused else tensor.part
                 if (empty := self._empty.get((tensor.module, name))) is not None:
+                    self._set_aside(tensor, self._model.get_submodule(tensor.module)._parameters.get(name))
                     self._put(tensor.module, name, empty)
+
+    def release(self) -> None:
+        """Give the memory of dropped tensors back; the next block takes new memory."""
+        self._spare.clear()
+
+    def _set_aside(self, tensor: RoleTensor, values: torch.Tensor | None) -> None:
+        """Keep the memory of a tensor that was converted when it was read."""
+        converted = values is not None and STORED[tensor.dtype] != values.dtype
+        if values is None or values.is_meta or values.device.type != "cpu" or tensor.fused or not converted:
+            return
+        self._spare.setdefault((values.shape, values.dtype), []).append(values.data)
 
     def _put(self, path: str, name: str, values: torch.Tensor) -> None:
         module = self._model.get_submodule(path)
@@ -94,7 +109,8 @@ class Residents:
         """Return a stored tensor on the CPU in a dtype."""
         if (replaced := self.replaced.get(tensor.stored)) is not None:
             return replaced.to(dtype)
-        values = read_stored(self._checkpoint, tensor.stored, dtype)
+        spare = self._spare.get((torch.Size(tensor.shape), dtype))
+        values = read_stored(self._checkpoint, tensor.stored, dtype, spare.pop() if spare else None)
         if tensor.stored not in self._finite:
             require_finite_values(tensor.stored, values)
             self._finite.add(tensor.stored)

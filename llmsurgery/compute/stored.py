@@ -12,19 +12,22 @@ _PIECE = 16 << 20
 """Bytes that are read at once where they are converted, so that a tensor does not stand in memory twice."""
 
 
-def read_stored(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+def read_stored(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, spare: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return a stored tensor on the CPU, read and not mapped.
 
     Args:
         checkpoint: Where it is stored.
         name: Its stored name.
         dtype: Dtype of the result, rounded as transformers rounds it.
+        spare: Memory of the result's shape and dtype that a converted tensor may take, in place of new memory.
     """
     info = checkpoint.info(name)
     stored = STORED[info.dtype]
     if stored == dtype or not info.shape:
         return torch.from_numpy(checkpoint.read(name)).view(stored).to(dtype)
-    values = torch.empty(info.shape, dtype=dtype)
+    values = torch.empty(info.shape, dtype=dtype) if spare is None else spare
     for start, stop in checkpoint.row_blocks(name, _PIECE):
         values[start:stop] = torch.from_numpy(checkpoint.read(name, start, stop)).view(stored)
     return values

@@ -234,6 +234,8 @@ class StreamedModel:
             for thread in threads:
                 thread.end()
             self._until = self._since = None
+            # What comes between two runs needs memory too.
+            self._residents.release()
         return [thread.result for thread in threads]
 
     def _sweep(self, threads: Sequence[Call[T]], advanced: Callable[[], None] | None) -> None:

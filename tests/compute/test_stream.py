@@ -253,6 +253,24 @@ def test_plain_forwards_keep_one_block_in_memory(checkpoints: dict[str, Path]) -
     )
 
 
+def test_a_converted_block_takes_the_memory_of_the_one_before(checkpoints: dict[str, Path]) -> None:
+    root = checkpoints["sharded_llama"]
+    other = torch.bfloat16 if Checkpoint.open(root).info("model.embed_tokens.weight").dtype == "F32" else torch.float32
+    streamed = opened(root, other)
+    places: list[set[int]] = []
+    blocks = block_modules(streamed.model, structure(root))
+    for block in blocks:
+        block.register_forward_pre_hook(
+            lambda module, _arguments: places.append({tensor.data_ptr() for tensor in module.parameters()})
+        )
+    streamed.run([logits(streamed.model, ids) for ids in BATCHES])
+    count = len(BATCHES)
+    assert len(places) == len(blocks) * count
+    assert places[0] == places[count], "both blocks have the same shapes"
+    # What comes after a run needs memory too: none is kept.
+    assert not streamed._residents._spare
+
+
 def test_windows_bound_the_states_that_wait(checkpoints: dict[str, Path]) -> None:
     streamed = opened(checkpoints["tied_llama"])
     # 32 fp32 numbers per token, twice.
