@@ -246,7 +246,7 @@ def finish(
         "checkpoint_bytes": sum(path.stat().st_size for path in base.iterdir()),
         "file_system": file_system(options.scratch),
         "cores_used": len(os.sched_getaffinity(0)),
-        "nice": options.nice,
+        "nice": os.nice(0) + options.nice,
         "mergekit": mergekit_version(options.mergekit),
         "light": light_commands(options.scratch, options.light_repeats),
         "first": first,
