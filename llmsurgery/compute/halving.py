@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 
-_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_MESSAGES = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't al
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError(CPU_MESSAGE), True),
+        (RuntimeError("unable to mmap 201 bytes from file <model.safetensors>: Cannot allocate memory (12)"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (MemoryError(), True),
         (RuntimeError("shape mismatch"), False),
