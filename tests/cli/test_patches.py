@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from llmsurgery.cli.app import run
 
-from ..builders import BUILDERS
 from .test_commands import tree, unlearn
 
 Capture = pytest.CaptureFixture[str]
@@ -66,7 +65,8 @@ def pair(results: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
     return results("tied_llama")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+# The conformance suite does the same by the Python API on every checkpoint.
+@pytest.mark.parametrize("name", ["sharded_llama", "gpt2", "gemma2", "mixtral", "deepseek_v3"])
 def test_patch_leads_there_and_revert_leads_back(
     name: str, results: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: Capture
 ) -> None:
