@@ -173,6 +173,46 @@ def redirect(
     return operate(request, options.get("progress"))
 
 
+def recover_alignment(
+    model: File | None = None,
+    *,
+    method: str = "restore",
+    aligned: File | None = None,
+    harmful: File | None = None,
+    task: File | None = None,
+    harmless: File | None = None,
+    base: File | None = None,
+    unaligned: File | None = None,
+    judge: Sequence[str] = (),
+    **options: Unpack[Options],
+) -> Outcome:
+    """Repair a model that lost its refusals in fine-tuning, with weights of the model it was made from.
+
+    Args:
+        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name.
+        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer.
+        harmful: Data file of prompts that the aligned model refuses; its text appears in no report.
+        task: Data file of the task that the model was fine-tuned for.
+        harmless: Data file of prompts that are answered; the other side of the refusal direction.
+        base: The pretrained model before alignment, for "safe-lora".
+        unaligned: A model with the harm in it, for "resta"; the toolkit never makes one.
+        judge: A command as a list of arguments; it reads prompts and answers as JSON Lines and writes a verdict for
+            each. Adds `safety.harmful_rate`.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`; the manifest has `models` with what the further models are and what was measured on
+        the aligned one.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    request = _request("recover-alignment", method, model, options, harmful=harmful, task=task, harmless=harmless)
+    models = _given(aligned=aligned, base=base, unaligned=unaligned)
+    return operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+
+
 def evaluate_checkpoints(
     models: Sequence[File],
     *,
