@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from llmsurgery.report.card import format_number
+from llmsurgery.report.numbers import format_number
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:

@@ -8,9 +8,9 @@ that are answered, x the residual stream at the last token after a block:
     W_b += gamma Q Q^T (W_a - W_b)    for every matrix that writes into the residual stream (attn.o, mlp.down)
 
 Q is rhat after one block, or with basis=all an orthonormal basis of those after all blocks. gamma=1 gives the matrix
-a's component along Q and leaves what is orthogonal to it alone. gamma=none takes the smallest of .25, .5, .75 and 1 that
-brings the gap back to 90% of the aligned model's and the refusals to within 5 points of its own, and that loses no more
-of the task than `drop`; 1 if none does.
+a's component along Q and leaves what is orthogonal to it alone. gamma=none takes the smallest of .25, .5, .75 and 1
+that brings the gap back to 90% of the aligned model's and the refusals to within 5 points of its own, and that loses no
+more of the task than `drop`; 1 if none does.
 
 Embeddings are left alone: tied ones are the head as well. Models with norms after their sublayers are refused: what a
 matrix writes there is scaled before it reaches the residual stream. gamma is in [0, 1], and a result that refuses less
