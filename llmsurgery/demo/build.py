@@ -1,10 +1,10 @@
-"""Build the embedded demo: two made-up worlds and the tiny chat models that know them.
+"""Build the embedded demo: three made-up worlds and the tiny chat models that know them.
 
 Everything comes from one seed. The first world has people (ten facts each) and towns (four facts each). `model` learns
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
-`llmsurgery.demo.names`.
+`llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
+from llmsurgery.demo.refusals import BASE_EPOCHS, build_refusals
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -280,7 +281,7 @@ def write_rows(folder: Path, data: Mapping[str, Sequence[Mapping[str, object]]])
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
-def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
+def build(out: Path, seed: int, epochs: int, names_epochs: int, refusal_epochs: int) -> None:
     """Write data files and all checkpoints below a new folder."""
     world = make_world(seed)
     data = data_files(world, seed)
@@ -304,6 +305,7 @@ def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
         text = card(name, model.num_parameters(), seed, figures)
         (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
     build_names(out, seed, names_epochs)
+    build_refusals(out, seed, refusal_epochs)
 
 
 def main() -> None:
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--names-epochs", type=int, default=NAMES_EPOCHS, help="epochs of the checkpoint `names`")
+    parser.add_argument("--refusal-epochs", type=int, default=BASE_EPOCHS, help="epochs of `refuse-base`")
     parser.add_argument("--threads", type=int, default=1, help="part of what makes a build repeatable")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -323,7 +326,7 @@ def main() -> None:
     try:
         if options.out.exists():
             raise UsageError(f"{options.out} exists", "the build never overwrites", "name a new folder")
-        build(options.out, options.seed, options.epochs, options.names_epochs)
+        build(options.out, options.seed, options.epochs, options.names_epochs, options.refusal_epochs)
     except UsageError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

@@ -133,6 +133,11 @@ class Recovery:
             found["task.score"] = mean_figure(self.task_scores(model, progress=progress), {"scorer": config.scorer})
         return found
 
+    def gap(self, model: PreTrainedModel) -> float:
+        """Return `safety.direction_gap` alone; both sides must have been given."""
+        assert self.contrast is not None
+        return gap_figure(self.contrast, self._contrast(model)).number
+
     def quick(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the refusal rate and the task score, as far as the data allow."""
         found: dict[str, float] = {}

@@ -99,10 +99,12 @@ class OtherModel:
     Attributes:
         read: Reads a stored tensor by the source's name, as float32, rounded to the dtype that the source stores.
         load: Loads it as the source is loaded; it lives as long as the caller keeps it.
+        stored: The names of the source that it has a tensor for; a tied head may be missing.
     """
 
     read: ReadTensor
     load: Callable[[], PreTrainedModel]
+    stored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

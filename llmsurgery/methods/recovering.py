@@ -127,11 +127,9 @@ def restored_edits(
 
 def comparable(operation: Operation) -> list[RoleTensor]:
     """Return every weight and bias that both models store; a head of its own may be missing in one of them."""
-    return [
-        tensor
-        for tensor in operation.structure.tensors
-        if tensor.part in ("weight", "bias") and tensor.role != "lm_head"
-    ]
+    stored = operation.models["aligned"].stored
+    tensors = operation.structure.tensors
+    return [tensor for tensor in tensors if tensor.part in ("weight", "bias") and tensor.stored in stored]
 
 
 def removed_share(operation: Operation, result: Values, changed: Sequence[RoleTensor]) -> tuple[float, int]:

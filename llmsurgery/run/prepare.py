@@ -15,6 +15,7 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
+from llmsurgery.data.prompts import read_prompts
 from llmsurgery.data.records import Row, chosen_rows, read_rows
 from llmsurgery.demo import demo_file, world_path
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
@@ -228,8 +229,6 @@ def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequen
 
 def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
     """Read the data files; of a preference pair the rejected answer is to be forgotten, the chosen one to be kept."""
-    from llmsurgery.data.prompts import read_prompts
-
     rows = {
         name: read_prompts(path) if name in ("harmful", "harmless") else read_rows(path) for name, path in files.items()
     }

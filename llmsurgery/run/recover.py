@@ -186,6 +186,7 @@ def other_models(prepared: Prepared) -> dict[str, OtherModel]:
                 prepared.request.trust_remote_code,
                 other.structure.family.buffers,
             ),
+            frozenset(other.names),
         )
 
     return {name: make(other) for name, other in prepared.others.items()}

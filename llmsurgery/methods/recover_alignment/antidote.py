@@ -71,9 +71,8 @@ class Antidote:
         """Return the matrices that may be edited."""
         roles = config.roles or [role for role in INPUTS if role in structure.roles]
         chosen = structure.select(roles, config.layers or None)
-        return [
-            target for target in chosen if len(target.shape) == 2 and target.fused is None and target.role != "embed"
-        ]
+        # Of routed experts each sees its own tokens, in one module for all.
+        return [t for t in chosen if len(t.shape) == 2 and t.fused is None and t.layer is not None]
 
     def prepare(
         self, config: AntidoteConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]

@@ -149,16 +149,16 @@ def _basis(config: DirectionConfig, operation: Operation) -> tuple[torch.Tensor,
     apart = recovery.contrast.differences()
     if not bool(apart.norm(dim=1).min()):
         raise NoEffectError("the prompts leave the model alone", "both sides have the same states", "check the data")
-    share = recovery.figures(operation.model, operation.progress)["safety.direction_gap"]
+    share = recovery.gap(operation.model)
     refused = recovery.quick(operation.model).get("safety.refusal_rate", 0.0)
     wanted = recovery.figures_of_aligned["safety.refusal_rate"].number
-    if share.number >= INTACT and refused < wanted - POINTS:
+    if share >= INTACT and refused < wanted - POINTS:
         operation.progress.notice(
-            f"the fine-tuned model has {share.number:.0%} of the aligned model's refusal direction and complies "
+            f"the fine-tuned model has {share:.0%} of the aligned model's refusal direction and complies "
             "all the same: the damage lies behind it, and projection repair does not help; use restore"
         )
     chosen = apart if config.basis == "all" else apart[block : block + 1]
-    return orthonormal(chosen), {"block": block, "gap_before": share.number}
+    return orthonormal(chosen), {"block": block, "gap_before": share}
 
 
 def orthonormal(rows: torch.Tensor) -> torch.Tensor:
@@ -193,9 +193,7 @@ def _try(
     with operation.progress.task("trying gamma", len(GAMMAS)) as tick:
         for gamma in GAMMAS:
             set_live(operation, ((t, _repaired(operation, t, basis, gamma)) for t in targets))
-            figures = {
-                name: figure.number for name, figure in recovery.figures(operation.model, operation.progress).items()
-            }
+            figures = {**recovery.quick(operation.model), "safety.direction_gap": recovery.gap(operation.model)}
             tried.append({"gamma": gamma, **figures})
             tick()
             task = floor is None or figures["task.score"] >= floor

@@ -64,7 +64,7 @@ class Interpolate:
 
     def plan(self, config: InterpolateConfig, structure: Structure) -> Sequence[RoleTensor]:
         """Return the tensors that may move."""
-        return mixed_targets(config, structure)
+        return structure.select(config.roles, config.layers or None)
 
     def prepare(self, config: InterpolateConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> None:
         """No data of its own."""
@@ -73,7 +73,7 @@ class Interpolate:
         """Find the share, and return the mixed weights."""
         from llmsurgery.edits.kinds import Replace
 
-        names = {target.stored for target in mixed_targets(config, operation.structure)}
+        names = {target.stored for target in self.plan(config, operation.structure)}
         keep, tried = (config.keep, []) if config.keep is not None else _try(config, operation, names)
         values = {target: value for target, value in interpolated(operation, keep) if target.stored in names}
         changed = [t for t, value in values.items() if bool((value.numpy() != operation.read(t.stored)).any())]
@@ -82,12 +82,6 @@ class Interpolate:
         record: dict[str, object] = {"keep": keep, "tried": tried}
         record["controls"] = controls(operation, changed, removed, matching(entries, removed), config.controls)
         return MethodResult(edits, record, changed)
-
-
-def mixed_targets(config: InterpolateConfig, structure: Structure) -> list[RoleTensor]:
-    """Return the tensors of the chosen roles that every twin of the model stores."""
-    chosen = structure.select(config.roles, config.layers or None)
-    return [target for target in chosen if target.role != "lm_head" and target.part in ("weight", "bias")]
 
 
 def matching(entries: int, removed: float) -> int:
