@@ -12,6 +12,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.words import TOWN_WORDS, TOWNS
