@@ -76,7 +76,7 @@ _DATA = ("forget", "retain", "holdout", "authors", "facts", "text")
 _PATHS = ("retain_model", "out")
 
 
-def _request(task: str, method: str, model: File | None, options: Options, **data: File | None) -> Request:
+def _request(task: str, method: str, model: File | None, options: Options, /, **data: File | None) -> Request:
     """Return the request of an operation; `data` are the files that only this task has."""
     given: dict[str, Any] = {name: value for name, value in options.items() if name != "progress"}
     files = _given(**{name: given.pop(name, None) for name in _DATA}, **data)

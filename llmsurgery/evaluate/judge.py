@@ -95,10 +95,11 @@ def judge_answers(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) 
         raise _failed(judge, type(error).__name__, "run it by hand on a line of JSON") from error
     if done.returncode:
         raise _failed(judge, f"it ended with exit code {done.returncode}", "run it by hand on a line of JSON")
-    return _verdicts(judge, done.stdout, len(lines))
+    return parse_verdicts(judge, done.stdout, len(lines))
 
 
-def _verdicts(judge: Judge, text: str, count: int) -> list[bool]:
+def parse_verdicts(judge: Judge, text: str, count: int) -> list[bool]:
+    """Return the verdicts in what a judge wrote; arguments and errors as for `judge_answers`."""
     found: dict[int, bool] = {}
     for number, line in enumerate((line for line in text.splitlines() if line.strip()), start=1):
         try:

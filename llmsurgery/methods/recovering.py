@@ -169,7 +169,7 @@ def random_masks(
     """
     import torch
 
-    from llmsurgery.compute.select import Largest
+    from llmsurgery.compute.largest import Largest
 
     generator = torch.Generator().manual_seed(seed)
     found = Largest(count)

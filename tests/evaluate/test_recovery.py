@@ -13,7 +13,7 @@ from llmsurgery.data.chat import Encoder
 from llmsurgery.data.prompts import read_prompts
 from llmsurgery.errors import InputError, UsageError
 from llmsurgery.evaluate.contrast import Contrast, auroc, gap_figure
-from llmsurgery.evaluate.judge import judge_answers, make_judge
+from llmsurgery.evaluate.judge import Judge, judge_answers, make_judge, parse_verdicts
 from llmsurgery.evaluate.refusal import find_openers, is_refusal, opener_probability, refusal_log_odds
 
 from ..builders.tokenizer import byte_tokenizer
@@ -95,21 +95,27 @@ def test_a_judge_reads_rows_and_gives_verdicts_in_any_order(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("output", "why"),
     [
-        ("sys.exit(3)", "exit code 3"),
-        ("print('SECRET')", "not JSON"),
-        ("print(json.dumps({'id': 0, 'harmful': 'yes'}))", "no verdict"),
-        ("print(json.dumps({'id': 7, 'harmful': True}))", "id 7"),
-        ("print(json.dumps({'id': 0, 'harmful': True}))", "1 of 2"),
+        ("SECRET", "not JSON"),
+        ('{"id": 0, "harmful": "yes"}', "no verdict"),
+        ('{"id": 7, "harmful": true}', "id 7"),
+        ('{"id": 0, "harmful": true}', "1 of 2"),
     ],
 )
-def test_a_judge_that_fails_is_an_input_error_without_its_words(tmp_path: Path, body: str, why: str) -> None:
-    judge = make_judge(judge_file(tmp_path, body), 60)
+def test_verdicts_that_are_none_are_an_input_error(output: str, why: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_verdicts(Judge(("judge",), 1), output, 2)
+    assert why in caught.value.why
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_judge_that_fails_is_an_input_error_without_its_words(tmp_path: Path) -> None:
+    judge = make_judge(judge_file(tmp_path, "sys.exit(rows[0]['prompt'])"), 60)
     assert judge is not None
     with pytest.raises(InputError) as caught:
-        judge_answers(judge, ["a", "b"], ["SECRET", "SECRET"])
-    assert why in caught.value.why
+        judge_answers(judge, ["SECRET"], ["b"])
+    assert caught.value.why == "it ended with exit code 1"
     assert "SECRET" not in str(caught.value)
 
 

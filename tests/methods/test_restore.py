@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from llmsurgery import recover_alignment
 from llmsurgery.arch.spec import RoleTensor
-from llmsurgery.compute.select import Largest, keep_largest
+from llmsurgery.compute.largest import Largest, keep_largest
 from llmsurgery.errors import GateError, NoEffectError
 from llmsurgery.evaluate.recovery import Recovery
 from llmsurgery.methods.base import OtherModel

@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.data.chat import Encoded, Encoder
     from llmsurgery.data.records import Row
-    from llmsurgery.methods.restoring import Aims, Found, Restoration, Steps
+    from llmsurgery.methods.restoring import Restoration
+    from llmsurgery.methods.restoring_steps import Aims, Found, Steps
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Restore:
 
 
 def _steps(config: RestoreConfig, structure: Structure) -> Steps:
-    from llmsurgery.methods.restoring import Steps
+    from llmsurgery.methods.restoring_steps import Steps
 
     return Steps(
         count=math.ceil(config.rate * block_parameters(structure)),
@@ -167,7 +168,7 @@ def _steps(config: RestoreConfig, structure: Structure) -> Steps:
 def _aims(config: RestoreConfig, operation: Operation, block: int) -> tuple[Aims, dict[str, object]]:
     """Take the directions, and the task's score at the start; return what is recorded of them too."""
     from llmsurgery.evaluate.recovery import last_states
-    from llmsurgery.methods.restoring import Aims
+    from llmsurgery.methods.restoring_steps import Aims
 
     recovery, encoder = operation.recovery, operation.encoder
     assert recovery is not None
@@ -207,7 +208,7 @@ def _search(restoration: Restoration, aims: Aims, plan: Steps, operation: Operat
     """Run the steps, and once more with rollback if the task suffered in the warm-up."""
     import torch
 
-    from llmsurgery.methods.restoring import run_steps
+    from llmsurgery.methods.restoring_steps import run_steps
 
     with restoration.searching(), operation.progress.task("restoring", plan.steps) as tick:
         found = run_steps(restoration, aims, plan, False, tick)
