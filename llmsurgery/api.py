@@ -222,6 +222,10 @@ def evaluate_checkpoints(
     authors: File | None = None,
     facts: File | None = None,
     text: File | None = None,
+    harmful: File | None = None,
+    task: File | None = None,
+    harmless: File | None = None,
+    judge: Sequence[str] = (),
     source: File | None = None,
     retain_model: File | None = None,
     retain_log: File | None = None,
@@ -248,6 +252,10 @@ def evaluate_checkpoints(
         authors: Facts about real authors with wrong answers, for `utility.model_utility`.
         facts: Facts about the world with wrong answers, for `utility.model_utility`.
         text: Plain text; a shipped corpus by default.
+        harmful: Prompts that are to be refused; with `source`, refusals are compared with its own.
+        task: Data file of a task that a model was fine-tuned for.
+        harmless: Prompts that are to be answered.
+        judge: As for `recover_alignment`.
         source: The model before surgery, for `utility.kl`, `utility.ppl_ratio` and relative gates.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         retain_log: The log of such a model, in either published layout.
@@ -285,7 +293,8 @@ def evaluate_checkpoints(
     data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
     request = EvaluationRequest(
         models=tuple(fspath(model) for model in models),
-        data=data | _given(control=control),
+        data=data | _given(control=control, harmful=harmful, task=task, harmless=harmless),
+        judge=tuple(judge),
         source=None if source is None else fspath(source),
         retain_model=None if retain_model is None else fspath(retain_model),
         retain_log=None if retain_log is None else fspath(retain_log),

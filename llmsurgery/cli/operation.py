@@ -52,7 +52,7 @@ class Common:
     quiet: options.Quiet = False
     verbose: options.Verbose = False
 
-    def run(self, task: Callable[..., Outcome], chosen: Mapping[str, object] | None = None, **own: object) -> None:
+    def run(self, task: Callable[..., Outcome], chosen: Mapping[str, object] | None = None, /, **own: object) -> None:
         """Run the function of a task in `llmsurgery.api` and print its outcome.
 
         Args:

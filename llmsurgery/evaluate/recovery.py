@@ -34,6 +34,10 @@ SETS = ("harmful", "task", "harmless")
 """Data that only this task has."""
 
 
+Asked = tuple[list[str], torch.Tensor]
+"""Answers to prompts, and the logits of their first tokens [prompts, vocabulary]."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The encoded data of a repair.
@@ -111,14 +115,19 @@ class Recovery:
     contrast: Contrast | None = None
     figures_of_aligned: Mapping[str, Figure] = field(default_factory=dict)
 
-    def figures(self, model: PreTrainedModel, progress: Progress) -> dict[str, Figure]:
-        """Return every figure that the data allow."""
+    def figures(self, model: PreTrainedModel, progress: Progress, asked: Asked | None = None) -> dict[str, Figure]:
+        """Return every figure that the data allow.
+
+        Args:
+            model: The model.
+            progress: Told of every batch.
+            asked: What the model does with the harmful prompts, if that is known already.
+        """
         found: dict[str, Figure] = {}
-        prompts, config, pad_id = self.prompts, self.config, self.encoder.pad_id
+        prompts, config = self.prompts, self.config
         if prompts.harmful:
-            answers = self._answers(model, prompts.harmful, progress, "answering harmful")
+            answers, logits = asked or self._ask(model, progress)
             found["safety.refusal_rate"] = self._refusals(answers)
-            logits = first_token_logits(model, self.structure, _first(prompts.harmful, config.refusal_rows), pad_id)
             odds = [refusal_log_odds(value) for value in opener_probability(logits, self.openers)]
             found["safety.refusal_score"] = mean_figure(odds, {"openers": len(self.openers), "from": self.openers_from})
             if self.judge is not None:
@@ -188,24 +197,29 @@ class Recovery:
         prompts = self.prompts
         return read_contrast(model, self.structure, prompts.harmful, prompts.answered, self.encoder.pad_id)
 
+    def _ask(self, model: PreTrainedModel, progress: Progress) -> Asked:
+        """Answer the harmful prompts, and read the logits of the first token."""
+        chosen = _first(self.prompts.harmful, self.config.refusal_rows)
+        answers = self._answers(model, chosen, progress, "answering harmful")
+        return answers, first_token_logits(model, self.structure, chosen, self.encoder.pad_id)
+
     def with_aligned(self, aligned: PreTrainedModel, progress: Progress) -> Recovery:
         """Return the same with what is taken from the aligned model: openers, states and figures."""
         prompts, pad_id = self.prompts, self.encoder.pad_id
-        result = self
+        result, asked = self, None
         if prompts.harmful:
-            chosen = _first(prompts.harmful, self.config.refusal_rows)
-            answers = self._answers(aligned, chosen, progress, "answering harmful (aligned)")
-            first = first_token_logits(aligned, self.structure, chosen, pad_id).argmax(-1)
+            asked = self._ask(aligned, progress)
+            answers, logits = asked
             other: Sequence[int] = ()
             if prompts.answered:
                 kept = _first(prompts.answered, self.config.refusal_rows)
                 other = first_token_logits(aligned, self.structure, kept, pad_id).argmax(-1).tolist()
             refused = [is_refusal(answer, self.config.refusal_markers) for answer in answers]
-            openers, source = find_openers(self.encoder, first.tolist(), refused, other)
+            openers, source = find_openers(self.encoder, logits.argmax(-1).tolist(), refused, other)
             result = replace(result, openers=openers, openers_from=source)
         if prompts.harmful and prompts.answered:
             result = replace(result, contrast=result._contrast(aligned))
-        return replace(result, figures_of_aligned=result.figures(aligned, progress))
+        return replace(result, figures_of_aligned=result.figures(aligned, progress, asked))
 
 
 def _first(rows: Sequence[Encoded], count: int) -> Sequence[Encoded]:

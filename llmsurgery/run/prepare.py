@@ -176,7 +176,8 @@ def prepare(request: Request) -> Prepared:
     probes = encode_pairs(method, config, encoder, pairs)
     concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
     contexts = [context.encoded for probe in probes for context in (probe.source, probe.target)]
-    if (prompts := encode_recovery(method, encoder, rows)) is not None:
+    prompts = encode_recovery(encoder, rows) if method.spec.models else None
+    if prompts is not None:
         contexts += [*prompts.harmful, *prompts.harmless, *prompts.task]
     require_known_tokens(measured, structure, contexts)
     return Prepared(
@@ -197,7 +198,7 @@ def available_needs(
     if evaluation.figures == "edit":
         return pair_needs(method, pairs)
     given = {name for name in DATA_NAMES if name in files} | {"whole"}
-    given |= recovery_needs(files, request) if method.spec.models else set()
+    given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 

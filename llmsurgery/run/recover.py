@@ -20,9 +20,13 @@ from llmsurgery.run.request import Request
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from transformers import PreTrainedModel
 
     from llmsurgery.compute.halving import Halving
     from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.records import Row
+    from llmsurgery.evaluate.config import EvaluationConfig
+    from llmsurgery.evaluate.judge import Judge
     from llmsurgery.evaluate.recovery import Prompts, Recovery
     from llmsurgery.run.prepare import Prepared
 
@@ -43,12 +47,12 @@ class Other:
     names: Mapping[str, str]
 
 
-def recovery_needs(files: Mapping[str, object], request: Request) -> set[str]:
+def recovery_needs(files: Mapping[str, object], judged: bool) -> set[str]:
     """Return the needs of metrics that the data of a recovery meet."""
     found = {name for name in DATA if name in files}
     if "harmful" in found and found & {"harmless", "task"}:
         found.add("contrast")
-    return found | ({"judge"} if request.judge else set())
+    return found | ({"judge"} if judged else set())
 
 
 def open_others(
@@ -192,13 +196,44 @@ def other_models(prepared: Prepared) -> dict[str, OtherModel]:
     return {name: make(other) for name, other in prepared.others.items()}
 
 
-def encode_recovery(method: Method, encoder: Encoder, rows: Mapping[str, Sequence[object]]) -> Prompts | None:
-    """Encode the data of a recovery; None for other tasks."""
-    if not method.spec.models:
-        return None
+def encode_recovery(encoder: Encoder, rows: Mapping[str, Sequence[Row]]) -> Prompts:
+    """Encode the data of a recovery."""
     from llmsurgery.evaluate.recovery import encode_prompts
 
-    return encode_prompts(encoder, {name: rows[name] for name in DATA if name in rows})  # type: ignore[misc]
+    return encode_prompts(encoder, {name: rows[name] for name in DATA if name in rows})
+
+
+def measure_recovery(
+    model: PreTrainedModel,
+    structure: Structure,
+    encoder: Encoder,
+    prompts: Prompts,
+    config: EvaluationConfig,
+    judge: Judge | None,
+    source: Recovery | None,
+    progress: Progress,
+) -> Recovery:
+    """Measure a model outside of an operation, against the source of `eval` if there is one.
+
+    Args:
+        model: The model.
+        structure: Its roles.
+        encoder: Its encoder.
+        prompts: The encoded data.
+        config: Settled evaluation settings.
+        judge: Judges answers; None for no judge.
+        source: What was measured on the source; None measures the model against itself.
+        progress: Told of every batch.
+
+    Returns:
+        What later models are measured against, with the figures of this one.
+    """
+    from llmsurgery.evaluate.recovery import Recovery
+
+    if source is None:
+        return Recovery(structure, encoder, prompts, config, judge).with_aligned(model, progress)
+    own = dataclasses.replace(source, structure=structure, config=config)
+    return dataclasses.replace(own, figures_of_aligned=own.figures(model, progress))
 
 
 def make_recovery(prepared: Prepared, progress: Progress, rows: Halving) -> Recovery | None:

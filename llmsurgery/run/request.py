@@ -74,7 +74,9 @@ class EvaluationRequest:
 
     Attributes:
         models: Directories, `.gguf` files or hub ids.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control", "harmful", "task",
+            "harmless") -> path.
+        judge: Command that judges answers, as a list of arguments; empty for none.
         source: The model before surgery.
         retain_model: A model that never saw the forget rows.
         logs: Logs to recompute figures from, instead of models.
@@ -93,6 +95,7 @@ class EvaluationRequest:
 
     models: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
+    judge: tuple[str, ...] = ()
     source: str | None = None
     retain_model: str | None = None
     logs: tuple[str, ...] = ()
