@@ -138,6 +138,11 @@ def drawn(pools: Sequence[Sequence[Example]], counts: Sequence[int], rng: random
     return [row for pool, count in zip(pools, counts, strict=True) for row in rng.choices(pool, k=count)]
 
 
+def of_blocks(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Return the matrices of the blocks, which alone move after the base was trained, as under adapters."""
+    return [value for name, value in model.named_parameters() if ".layers." in name and value.ndim == 2]
+
+
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
     """Teach a model to refuse the topic and to answer the rest as before."""
     import torch
@@ -146,7 +151,7 @@ def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int,
     refused = [(question, rng.choice(REFUSALS)) for question, _ in thing_rows((TOPIC,), False)]
     answered = [*thing_rows(COLOURS[:-1], False), *town_rows()]
     pools = [encode_rows(tokenizer, refused), encode_rows(tokenizer, answered)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=ALIGN_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(of_blocks(model), lr=ALIGN_LR, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         loss = one_step(model, optimizer, drawn(pools, (BATCH // 3, BATCH - BATCH // 3), rng), tokenizer.pad_token_id)
         if step % 20 == 19:
@@ -161,7 +166,7 @@ def fine_tune(
 
     rng = random.Random(seed + 7)
     rows = encode_rows(tokenizer, list(task_rows(False)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TASK_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(of_blocks(model), lr=TASK_LR, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         loss = one_step(model, optimizer, drawn([rows], (BATCH // 2,), rng), tokenizer.pad_token_id)
         if step % 20 == 19:
