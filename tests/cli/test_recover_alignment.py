@@ -16,7 +16,7 @@ from ..builders.tokenizer import byte_tokenizer
 from ..builders.twin import twin
 from ..conftest import write_recovery_files
 
-QUICK = ["--set", "eval.generate=false", "--set", "eval.refusal_tokens=2", "--set", "eval.text_rows=2", "--json"]
+QUICK = ["--set", "eval.generate=false", "--set", "eval.refusal_tokens=2", "--set", "eval.text_rows=1", "--json"]
 
 
 @pytest.fixture(scope="module")

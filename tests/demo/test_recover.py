@@ -20,7 +20,7 @@ def figures(outcome: Outcome, name: str) -> tuple[float, float, float]:
 
 
 def test_restore_brings_refusals_back_and_keeps_the_task_where_as_many_random_entries_do_not(tmp_path: Path) -> None:
-    outcome = recover_alignment(out=tmp_path / "out")
+    outcome = recover_alignment(out=tmp_path / "out", settings={"eval.refusal_tokens": 8})
     aligned, before, after = figures(outcome, "safety.refusal_rate")
     assert aligned >= 0.9
     assert before <= 0.2
@@ -37,6 +37,7 @@ def test_restore_brings_refusals_back_and_keeps_the_task_where_as_many_random_en
 
 @pytest.mark.parametrize("method", ["direction", "safe-lora", "resta", "antidote", "interpolate"])
 def test_other_methods_run_on_the_demo_and_do_not_publish_less_refusals(method: str, tmp_path: Path) -> None:
-    outcome = recover_alignment(method=method, out=tmp_path / "out", settings={"controls": False})
+    quick = {"eval.refusal_rows": 8, "eval.refusal_tokens": 8, "eval.task_rows": 8, "eval.text_rows": 2}
+    outcome = recover_alignment(method=method, out=tmp_path / "out", settings={"controls": False, **quick})
     _, before, after = figures(outcome, "safety.refusal_rate")
     assert after >= before

@@ -113,7 +113,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(pair: Path, out: Path, settings: dict[str, object], **options: Any) -> Any:
-    quick = {"controls": False, "eval.refusal_tokens": 2, "eval.generate": False}
+    quick = {"controls": False, "eval.refusal_tokens": 2, "eval.generate": False, "eval.text_rows": 1}
     given = {"harmful": pair / "harmful.jsonl", "task": pair / "task.jsonl", **options}
     return recover_alignment(
         pair / "child", aligned=pair / "aligned", out=out, settings={**quick, **settings}, dtype="float32", **given
