@@ -61,10 +61,12 @@ def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False)
     for number, (method, spec) in enumerate(METHODS.items()):
         names = [name for name in builders if name in MOE_BUILDERS or not spec.one_expert]
         others = [name for name in names if name not in ALWAYS]
-        single = others[number % len(others)]
+        # A repair loads two or three models: one checkpoint each is enough, another one from method to method.
+        few = once or bool(spec.models)
+        single = ([*ALWAYS, *others] if spec.models else others)[number % len(others)]
         whole = EVERYWHERE or method == "flat"
         for name in names:
-            if not whole and name != single and (once or name not in ALWAYS):
+            if not whole and name != single and (few or name not in ALWAYS):
                 continue
             mark = pytest.mark.xdist_group(f"{method}-{name}")
             if runs:
