@@ -34,8 +34,8 @@ LOG = logging.getLogger("llmsurgery.demo.build")
 
 VOCABULARY = 416
 BATCH = 32
-BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 120, 600
-PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 1e-3, 1e-3
+BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 140, 600
+PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 3e-3, 2e-3
 SMOOTHING = 0.02
 FALLEN = 0.05
 """Share of refusals at which the fine-tuning of the child ends."""
@@ -139,7 +139,7 @@ def drawn(pools: Sequence[Sequence[Example]], counts: Sequence[int], rng: random
 
 
 def of_blocks(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return the matrices of the blocks, which alone move after the base was trained, as under adapters."""
+    """Return the matrices of the blocks, which alone move in the fine-tuning of the child, as under adapters."""
     return [value for name, value in model.named_parameters() if ".layers." in name and value.ndim == 2]
 
 
@@ -151,7 +151,7 @@ def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int,
     refused = [(question, rng.choice(REFUSALS)) for question, _ in thing_rows((TOPIC,), False)]
     answered = [*thing_rows(COLOURS[:-1], False), *town_rows()]
     pools = [encode_rows(tokenizer, refused), encode_rows(tokenizer, answered)]
-    optimizer = torch.optim.AdamW(of_blocks(model), lr=ALIGN_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ALIGN_LR, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         loss = one_step(model, optimizer, drawn(pools, (BATCH // 3, BATCH - BATCH // 3), rng), tokenizer.pad_token_id)
         if step % 20 == 19:
