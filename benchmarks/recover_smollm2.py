@@ -216,7 +216,9 @@ def repair(work: Path, files: dict[str, Path], method: str, settings: dict[str, 
         settings={**measured, **settings},
         dtype="float32",
         undo=False,
-        **files,  # type: ignore[arg-type]
+        harmful=files["harmful"],
+        harmless=files["harmless"],
+        task=files["task"],
     )
     manifest: Any = outcome.manifest
     shutil.rmtree(out)

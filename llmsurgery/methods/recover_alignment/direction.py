@@ -121,7 +121,8 @@ class Direction:
 
         targets = list(self.plan(config, operation.structure))
         basis, record = _basis(config, operation)
-        gamma, tried = config.gamma, []
+        gamma = config.gamma
+        tried: list[dict[str, object]] = []
         if gamma is None:
             gamma, tried = _try(config, operation, targets, basis)
         edits = []

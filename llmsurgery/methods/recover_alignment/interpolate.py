@@ -74,7 +74,10 @@ class Interpolate:
         from llmsurgery.edits.kinds import Replace
 
         names = {target.stored for target in self.plan(config, operation.structure)}
-        keep, tried = (config.keep, []) if config.keep is not None else _try(config, operation, names)
+        tried: list[dict[str, object]] = []
+        keep = config.keep
+        if keep is None:
+            keep, tried = _try(config, operation, names)
         values = {target: value for target, value in interpolated(operation, keep) if target.stored in names}
         changed = [t for t, value in values.items() if bool((value.numpy() != operation.read(t.stored)).any())]
         removed, entries = removed_share(operation, values.__getitem__, changed)
@@ -97,7 +100,8 @@ def _try(config: InterpolateConfig, operation: Operation, names: set[str]) -> tu
         return HALF, []
     _, floor = task_floor(operation, config.drop)
     tried: list[dict[str, object]] = []
-    best, most = None, -1.0
+    best: float | None = None
+    most = -1.0
     with operation.progress.task("trying shares", len(TRIED)) as tick:
         for keep in TRIED:
             set_live(operation, (pair for pair in interpolated(operation, keep) if pair[0].stored in names))
