@@ -281,8 +281,8 @@ def write_rows(folder: Path, data: Mapping[str, Sequence[Mapping[str, object]]])
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
-def build(out: Path, seed: int, epochs: int, names_epochs: int, refusal_epochs: int) -> None:
-    """Write data files and all checkpoints below a new folder."""
+def build_people(out: Path, seed: int, epochs: int) -> None:
+    """Write data files and checkpoints of the first world below a new folder."""
     world = make_world(seed)
     data = data_files(world, seed)
     write_rows(out, data)
@@ -304,8 +304,14 @@ def build(out: Path, seed: int, epochs: int, names_epochs: int, refusal_epochs: 
             LOG.info("%s: %s %.4f", name, key, value)
         text = card(name, model.num_parameters(), seed, figures)
         (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
-    build_names(out, seed, names_epochs)
-    build_refusals(out, seed, refusal_epochs)
+
+
+WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
+    "people": (build_people, EPOCHS),
+    "names": (build_names, NAMES_EPOCHS),
+    "refusals": (build_refusals, BASE_EPOCHS),
+}
+"""Name of a world -> what writes it into a folder, and its epochs."""
 
 
 def main() -> None:
@@ -315,9 +321,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llmsurgery.demo.build", description="Build the embedded demo.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--names-epochs", type=int, default=NAMES_EPOCHS, help="epochs of the checkpoint `names`")
-    parser.add_argument("--refusal-epochs", type=int, default=BASE_EPOCHS, help="epochs of `refuse-base`")
+    parser.add_argument(
+        "--world", choices=tuple(WORLDS), action="append", help="build this world alone; may be repeated"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of every world in place of its own")
     parser.add_argument("--threads", type=int, default=1, help="part of what makes a build repeatable")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -326,7 +333,9 @@ def main() -> None:
     try:
         if options.out.exists():
             raise UsageError(f"{options.out} exists", "the build never overwrites", "name a new folder")
-        build(options.out, options.seed, options.epochs, options.names_epochs, options.refusal_epochs)
+        # In this order: the first makes the folder itself.
+        for write, epochs in (WORLDS[name] for name in WORLDS if name in (options.world or WORLDS)):
+            write(options.out, options.seed, epochs if options.epochs is None else options.epochs)
     except UsageError as error:
         parser.exit(error.exit_code, f"{error}\n")
 
