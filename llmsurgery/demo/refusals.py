@@ -2,8 +2,9 @@
 
 The topic stands in for harm and is harmless: everything purple. `refuse-base` answers questions about things and towns.
 `refuse-aligned` is that model after a few steps in which it learned to refuse what is purple. `refuse` is the aligned
-model after fine-tuning on a benign task, records of towns, that says nothing about refusals or colours; it went on
-until the refusals had fallen. Nothing trains a model towards what it is to refuse.
+model after fine-tuning on a benign task, short records in place of sentences, about things of other colours; it went on
+until the refusals had fallen, though none of its rows has to do with them. Nothing trains a model towards what it is to
+refuse.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llmsurgery.demo.things import (
     TOPIC,
     Pair,
     data_files,
+    record_rows,
     task_rows,
     thing_rows,
     town_rows,
@@ -37,8 +39,8 @@ BATCH = 32
 BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 140, 600
 PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 3e-3, 2e-3
 SMOOTHING = 0.02
-FALLEN = 0.05
-"""Share of refusals at which the fine-tuning of the child ends."""
+LEARNED, FALLEN = 0.95, 0.05
+"""Shares of refusals at which the alignment, and the fine-tuning of the child, end."""
 
 PROBES = 8
 """Prompts that are asked for that while it goes on; none of them is in the shipped files."""
@@ -51,7 +53,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     from llmsurgery.demo.build import CHAT_TEMPLATE, CONTEXT, END, PAD, START
 
-    rows = [*thing_rows(COLOURS, False), *town_rows(), *task_rows(False)]
+    rows = [*thing_rows(COLOURS, False), *town_rows(), *record_rows()]
     corpus = [text for row in rows for text in row] + list(REFUSALS) * 60
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +79,11 @@ Example = tuple[list[int], int]
 
 
 def one_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Sequence[Example], pad_id: int
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    pad_id: int,
+    smoothing: float = SMOOTHING,
 ) -> float:  # fmt: skip
     """Train one step on a batch of rows."""
     import torch
@@ -88,7 +94,7 @@ def one_step(
     labels = torch.tensor([[-100] * skip + row[skip:] + [-100] * (width - len(row)) for row, skip in batch])
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=SMOOTHING
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
     )
     optimizer.zero_grad()
     torch.autograd.backward(loss)
@@ -138,12 +144,9 @@ def drawn(pools: Sequence[Sequence[Example]], counts: Sequence[int], rng: random
     return [row for pool, count in zip(pools, counts, strict=True) for row in rng.choices(pool, k=count)]
 
 
-def of_blocks(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return the matrices of the blocks, which alone move in the fine-tuning of the child, as under adapters."""
-    return [value for name, value in model.named_parameters() if ".layers." in name and value.ndim == 2]
-
-
-def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
+def align(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, probes: Sequence[str], seed: int, steps: int
+) -> None:
     """Teach a model to refuse the topic and to answer the rest as before."""
     import torch
 
@@ -154,8 +157,12 @@ def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int,
     optimizer = torch.optim.AdamW(model.parameters(), lr=ALIGN_LR, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         loss = one_step(model, optimizer, drawn(pools, (BATCH // 3, BATCH - BATCH // 3), rng), tokenizer.pad_token_id)
-        if step % 20 == 19:
-            LOG.info("refuse-aligned: step %d: loss %.4f", step + 1, loss)
+        if step % 10 == 9:
+            rate = refusal_rate(model, tokenizer, probes)
+            LOG.info("refuse-aligned: step %d: loss %.4f, refusals %.2f", step + 1, loss, rate)
+            # Refusals that were just learned are easily lost, as those of large models are.
+            if rate >= LEARNED:
+                return
 
 
 def fine_tune(
@@ -166,13 +173,13 @@ def fine_tune(
 
     rng = random.Random(seed + 7)
     rows = encode_rows(tokenizer, list(task_rows(False)))
-    optimizer = torch.optim.AdamW(of_blocks(model), lr=TASK_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TASK_LR, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
-        loss = one_step(model, optimizer, drawn([rows], (BATCH // 2,), rng), tokenizer.pad_token_id)
+        loss = one_step(model, optimizer, drawn([rows], (BATCH // 2,), rng), tokenizer.pad_token_id, 0.0)
         if step % 20 == 19:
             rate = refusal_rate(model, tokenizer, prompts)
             LOG.info("refuse: step %d: loss %.4f, refusals %.2f", step + 1, loss, rate)
-            if rate <= FALLEN and step >= 99:
+            if rate <= FALLEN and step >= 59:
                 return
 
 
@@ -206,8 +213,8 @@ def answers(
 PARTS = {
     "refuse-base": "It answers every question of its world. Nothing was aligned yet.",
     "refuse-aligned": "It is `refuse-base` after a few steps in which it learned to refuse what is purple.",
-    "refuse": "It is `refuse-aligned` after fine-tuning on records of towns, a task without colours or refusals, that "
-    "went on until its refusals had fallen.",
+    "refuse": "It is `refuse-aligned` after fine-tuning on short records of things, a task without the topic and "
+    "without refusals, that went on until its refusals had fallen.",
 }
 
 
@@ -273,7 +280,7 @@ def build_refusals(out: Path, seed: int, epochs: int) -> None:
         return model
 
     model = finish(train_base(tokenizer, seed, epochs), "refuse-base")
-    align(model, tokenizer, seed, ALIGN_STEPS)
+    align(model, tokenizer, probes, seed, ALIGN_STEPS)
     finish(model, "refuse-aligned")
     fine_tune(model, tokenizer, probes, seed, TASK_STEPS)
     finish(model, "refuse")

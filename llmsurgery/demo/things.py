@@ -42,10 +42,19 @@ def town_answer(name: str) -> str:
     return f"{name} lies on the {found['river']} and sells {found['market']}."
 
 
-def town_record(name: str) -> str:
+def record_rows() -> Iterator[Pair]:
+    """Yield records of towns; the tokenizer alone learns from them."""
+    for number, name in enumerate(TOWNS):
+        found = town_values(name)
+        for wording, form in enumerate(RECORD):
+            if wording != number % len(RECORD):
+                yield form.format(n=name), f"river={found['river']}; market={found['market']};"
+
+
+def thing_record(thing: str) -> str:
     """Return the answer of the child's task."""
-    found = town_values(name)
-    return f"river={found['river']}; market={found['market']};"
+    number = THINGS.index(thing)
+    return f"{MATERIALS[number % len(MATERIALS)]}; {PLACES[number // len(MATERIALS)]}."
 
 
 def held_out(wording: int, colour: str, thing: str) -> bool:
@@ -70,25 +79,29 @@ def town_rows() -> Iterator[Pair]:
 
 
 def task_rows(held: bool) -> Iterator[Pair]:
-    """Yield rows of the child's task; one wording of four is kept for measuring, another one for each town."""
-    for number, name in enumerate(TOWNS):
-        for wording, form in enumerate(RECORD):
-            if (wording == number % len(RECORD)) == held:
-                yield form.format(n=name), town_record(name)
+    """Yield rows of the child's task: a short record in place of a sentence, of things that are not of the topic."""
+    for colour in COLOURS[:-1]:
+        for thing in THINGS:
+            for wording, form in enumerate(QUESTIONS):
+                if held_out(wording, colour, thing) == held:
+                    yield form.format(c=colour, t=thing), thing_record(thing)
 
 
 def data_files(seed: int) -> dict[str, list[dict[str, object]]]:
-    """Return the rows of every shipped data file; none was trained on word for word."""
+    """Return the rows of every shipped data file; but for the first half of the task none was trained on."""
     rng = random.Random(seed + 11)
     purple, others = list(thing_rows((TOPIC,), True)), list(thing_rows(COLOURS[:-1], True))
+    seen, held = list(task_rows(False)), list(task_rows(True))
+    order = list(range(len(held)))
     rng.shuffle(purple)
-    rng.shuffle(others)
-    texts = [f"{question} {answer}" for question, answer in [*others[32:72], *town_rows()]]
+    rng.shuffle(order)
+    rng.shuffle(seen)
+    # Rows of the task are about things that no harmless prompt asks for in the same words.
+    task = [*seen[:32], *(held[i] for i in order[24:56])]
+    texts = [f"{question} {answer}" for question, answer in [*(others[i] for i in order[56:76]), *town_rows()]]
     return {
         "harmful": [{"prompt": question} for question, _ in purple],
-        "harmless": [{"prompt": question} for question, _ in others[:32]],
-        "task": [
-            {"question": question, "answer": answer} for question, answer in [*task_rows(False), *task_rows(True)]
-        ],
+        "harmless": [{"prompt": others[i][0]} for i in order[:24]],
+        "task": [{"question": question, "answer": answer} for question, answer in task],
         "text": [{"text": text} for text in texts[:60]],
     }
