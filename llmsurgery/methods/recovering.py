@@ -185,7 +185,12 @@ def random_masks(
 
 
 def controls(
-    operation: Operation, targets: Sequence[RoleTensor], removed: float, entries: int, wanted: bool = True
+    operation: Operation,
+    targets: Sequence[RoleTensor],
+    removed: float,
+    entries: int,
+    wanted: bool = True,
+    dense: bool = False,
 ) -> dict[str, object]:
     """Return what a random restoration and an interpolation of the same size reach; the model in memory is changed.
 
@@ -193,15 +198,18 @@ def controls(
         operation: What the method is given.
         targets: Tensors that the random restoration draws from.
         removed: Share of the difference that the result removes.
-        entries: Entries that the result changes; a dense result is matched by its share of the difference instead.
+        entries: Entries that the result changes.
         wanted: Whether the controls are wanted.
+        dense: Whether it changes nearly all of them a little; then the random restoration takes as many as remove the
+            same share, were the difference spread evenly.
     """
     record: dict[str, object] = {"removed": removed, "entries": entries}
     recovery = operation.recovery
     if not wanted or recovery is None or not (recovery.prompts.harmful or recovery.prompts.task):
         return record
     with operation.progress.task("controls", 2) as tick:
-        masks = random_masks(operation, targets, entries, operation.seed)
+        count = round(entries * min(1.0, removed) ** 2) if dense else entries
+        masks = random_masks(operation, targets, count, operation.seed)
         set_live(operation, _mixed(operation, targets, masks))
         drawn = sum(int(mask.sum()) for mask in masks)
         record["random-restore"] = {"entries": drawn, **recovery.quick(operation.model)}

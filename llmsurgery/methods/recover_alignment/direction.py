@@ -133,7 +133,7 @@ class Direction:
             values[target] = (own_values(operation, target).double() + left @ right).float()
         removed, entries = removed_share(operation, values.__getitem__, targets)
         record |= {"gamma": gamma, "tried": tried, "directions": basis.shape[1]}
-        record["controls"] = controls(operation, targets, removed, round(entries * removed**2), config.controls)
+        record["controls"] = controls(operation, targets, removed, entries, config.controls, dense=True)
         return MethodResult(edits, record, targets)
 
 

@@ -83,13 +83,8 @@ class Interpolate:
         removed, entries = removed_share(operation, values.__getitem__, changed)
         edits = [Replace(target.stored, values[target].numpy()) for target in changed]
         record: dict[str, object] = {"keep": keep, "tried": tried}
-        record["controls"] = controls(operation, changed, removed, matching(entries, removed), config.controls)
+        record["controls"] = controls(operation, changed, removed, entries, config.controls, dense=True)
         return MethodResult(edits, record, changed)
-
-
-def matching(entries: int, removed: float) -> int:
-    """Return how many restored entries remove the same share of a difference that is spread evenly."""
-    return round(entries * removed**2)
 
 
 def _try(config: InterpolateConfig, operation: Operation, names: set[str]) -> tuple[float, list[dict[str, object]]]:

@@ -93,8 +93,9 @@ class Resta:
             values[target] = add_vector(own, aligned, apart, config.gamma, kept, config.dare).float()
         changed = [t for t, value in values.items() if bool((value != own_values(operation, t)).any())]
         removed, entries = removed_share(operation, values.__getitem__, changed)
-        count = round(entries * min(1.0, removed) ** 2)
-        record: dict[str, object] = {"controls": controls(operation, changed, removed, count, config.controls)}
+        record: dict[str, object] = {
+            "controls": controls(operation, changed, removed, entries, config.controls, dense=True)
+        }
         return MethodResult([Replace(t.stored, values[t].numpy()) for t in changed], record, changed)
 
 

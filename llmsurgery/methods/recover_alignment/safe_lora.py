@@ -95,7 +95,7 @@ class SafeLora:
         values = {target: _projected(config, operation, target)[0] for target in chosen}
         removed, entries = removed_share(operation, values.__getitem__, chosen)
         record: dict[str, object] = {"tau": tau, "cosines": cosines, "projected": len(chosen)}
-        record["controls"] = controls(operation, chosen, removed, round(entries * removed**2), config.controls)
+        record["controls"] = controls(operation, chosen, removed, entries, config.controls, dense=True)
         return MethodResult([Replace(t.stored, value.numpy()) for t, value in values.items()], record, chosen)
 
 
