@@ -36,11 +36,11 @@ LOG = logging.getLogger("llmsurgery.demo.build")
 
 VOCABULARY = 416
 BATCH = 32
-BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 140, 600
-PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 3e-3, 2e-3
+BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 60, 200
+PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 3e-3, 1e-3
 SMOOTHING = 0.02
-LEARNED, FALLEN = 0.95, 0.05
-"""Shares of refusals at which the alignment, and the fine-tuning of the child, end."""
+FALLEN = 0.05
+"""Share of refusals at which the fine-tuning of the child ends."""
 
 PROBES = 8
 """Prompts that are asked for that while it goes on; none of them is in the shipped files."""
@@ -160,9 +160,6 @@ def align(
         if step % 10 == 9:
             rate = refusal_rate(model, tokenizer, probes)
             LOG.info("refuse-aligned: step %d: loss %.4f, refusals %.2f", step + 1, loss, rate)
-            # Refusals that were just learned are easily lost, as those of large models are.
-            if rate >= LEARNED:
-                return
 
 
 def fine_tune(
