@@ -17,6 +17,8 @@ def evaluate(
     authors: options.Authors = None,
     facts: options.Facts = None,
     text: options.Text = None,
+    mcq: options.Mcq = None,
+    contrast: options.Contrast = None,
     source: options.Source = None,
     retain_model: options.RetainModel = None,
     retain_log: options.RetainLog = None,
@@ -51,6 +53,7 @@ def evaluate(
     settings, gates = parse_assignments(assignments or []), require or []
     data = {"forget": forget, "retain": retain, "holdout": holdout, "authors": authors, "facts": facts, "text": text}
     data |= {"control": control, "harmful": harmful, "task": task, "harmless": harmless}
+    data |= {"mcq": mcq, "contrast": contrast}
     arguments = options.split_judge(judge)
     if from_log:
         others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}

@@ -4,7 +4,8 @@ Everything comes from one seed. The first world has people (ten facts each) and 
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
-`llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`.
+`llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`, the fourth, of `letters`,
+by `llmsurgery.demo.letters`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.letters import build_letters
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
 from llmsurgery.demo.recipe import (
@@ -223,6 +225,8 @@ WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
     "people": (build_people, EPOCHS),
     "names": (build_names, NAMES_EPOCHS),
     "refusals": (build_refusals, BASE_EPOCHS),
+    # Its head is fitted, not trained.
+    "letters": (lambda out, seed, _epochs: build_letters(out, seed), 0),
 }
 """Name of a world -> what writes it into a folder, and its epochs."""
 

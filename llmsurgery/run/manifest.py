@@ -86,7 +86,9 @@ def build_manifest(
                 "record": record,
             }
         ],
-        "data": data_records(prepared.files, {**prepared.rows, PAIRS: prepared.pairs}, prepared.hashes),
+        "data": data_records(
+            prepared.files, {**prepared.rows, PAIRS: prepared.pairs, **prepared.asked.members}, prepared.hashes
+        ),
         "retain_model": prepared.retain_model,
         **({"models": model_records(prepared)} if prepared.others else {}),
         "history": earlier_operations(prepared.checkpoint.root),

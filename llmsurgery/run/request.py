@@ -15,7 +15,7 @@ class Request:
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
         data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "harmful", "task",
-            "harmless") -> path.
+            "harmless", "mcq", "contrast") -> path.
         models: Further models of a recovery ("aligned", "base", "unaligned") -> directory, `.gguf` file or hub id.
         judge: Command that judges answers, as a list of arguments; empty for none.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.
@@ -75,7 +75,7 @@ class EvaluationRequest:
     Attributes:
         models: Directories, `.gguf` files or hub ids.
         data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control", "harmful", "task",
-            "harmless") -> path.
+            "harmless", "mcq", "contrast") -> path.
         judge: Command that judges answers, as a list of arguments; empty for none.
         source: The model before surgery.
         retain_model: A model that never saw the forget rows.

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, diff, recover_alignment, redirect, revert, unlearn, verify
+from llmsurgery import apply, debias, diff, recover_alignment, redirect, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
@@ -28,7 +28,7 @@ from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
 from ..builders.twin import twin
-from ..conftest import write_data_files, write_pairs, write_recovery_files
+from ..conftest import write_asked, write_data_files, write_pairs, write_recovery_files
 from ..edits.reference import expected
 
 # The function of each task, and the data that its methods are given.
@@ -36,6 +36,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unlearn": (unlearn, ("forget", "retain", "text")),
     "redirect": (redirect, ("pairs", "forget", "text")),
     "recover-alignment": (recover_alignment, ("harmful", "harmless", "task", "text")),
+    "debias": (debias, ("mcq", "contrast", "text")),
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
@@ -113,7 +114,8 @@ EXPERT_SETTINGS: dict[str, dict[str, object]] = {
     "other seed": {},
     "one expert": {"layers": "1", "experts": "2"},
 }
-FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
+# Random weights have no states in common where letters follow, and no text that would mind.
+FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False, "min_rho": 0.0, "kl_budget": None, "items": 2}
 RECOVERY: dict[str, object] = {
     "steps": 2, "rate": 0.01, "drop": 1.0, "keep": 0.5, "gamma": 0.5, "mode": "number", "number": 1000,
     "controls": False, "eval.refusal_tokens": 3,
@@ -202,7 +204,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("conformance")
-    return Runs(checkpoints, {**write_data_files(root), **write_recovery_files(root), "pairs": write_pairs(root)}, root)
+    data = {**write_data_files(root), **write_recovery_files(root), "pairs": write_pairs(root), **write_asked(root)}
+    return Runs(checkpoints, data, root)
 
 
 def tree(root: Path) -> dict[str, str]:
