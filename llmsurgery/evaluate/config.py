@@ -35,7 +35,10 @@ class EvaluationConfig:
     )
     generation_tokens: int = option(200, "new tokens per answer at most", minimum=1)
     figures: str = option(
-        "all", "edit: of a redirection measure only what the edited blocks show, and read no others", ("all", "edit")
+        "all",
+        "edit: of a redirection measure only what the edited blocks show; streamed: prune and measure a model that is "
+        "read block by block",
+        ("all", "edit", "streamed"),
     )
     batch_size: int = option(8, "rows per forward; --batch-size overrides it", minimum=1)
 

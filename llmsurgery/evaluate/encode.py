@@ -24,6 +24,7 @@ class EvaluationData:
         wrong: Set name -> position -> the same prompt with each wrong answer.
         skipped: Set name -> passages too short to be cut into prompt and answer.
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
+        domain: Encoded rows of the domain that is pruned for, scored from their first token on.
     """
 
     rows: dict[str, list[Row]]
@@ -33,6 +34,7 @@ class EvaluationData:
     wrong: dict[str, dict[int, list[Encoded]]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     whole: dict[str, list[Encoded]] = field(default_factory=dict)
+    domain: list[Encoded] = field(default_factory=list)
 
     @property
     def available(self) -> set[str]:
@@ -103,6 +105,24 @@ def _encode_set(
     if not encoded:
         raise InputError(f"every passage of --{name} has fewer than four tokens", "nothing can be measured", "")
     data.rows[name], data.encoded[name] = rows, encoded
+
+
+def encode_domain(encoder: Encoder, rows: Sequence[Row], config: EvaluationConfig) -> list[Encoded]:
+    """Encode rows of a domain for its perplexity, prompts included, the first `text_tokens` of each.
+
+    Raises:
+        InputError: No row is long enough.
+    """
+    encoded = []
+    for row in rows:
+        if row.kind == "text":
+            encoded.append(encoder.encode_text(row.answer, config.text_tokens))
+        else:
+            encoded.append(Encoded(encoder.encode(row).ids[: config.text_tokens], 1, False, row.where))
+    encoded = [row for row in encoded if len(row.ids) > 8][: config.text_rows]
+    if not encoded:
+        raise InputError("no row of --domain has more than 8 tokens", "perplexity needs longer rows", "give others")
+    return encoded
 
 
 def encode_whole(encoder: Encoder, members: Sequence[Row], config: EvaluationConfig) -> list[Encoded]:

@@ -86,6 +86,8 @@ def measure(
     scores, answers = score_sets(model, encoder, data, config, progress)
     figures = aggregate(scores, config, retained)
     kept: TextReference | None = None
+    if data.domain:
+        figures["domain.ppl"] = ratio_figure(_text_losses(model, encoder, data.domain, config, progress)[1], True)
     if data.texts:
         kept = _measure_text(model, encoder, data.texts, config, progress, figures, reference, keep_reference)
     return Measurement(figures, answers, kept, scores, retained)
@@ -101,13 +103,8 @@ def _measure_text(
     reference: TextReference | None,
     keep: bool,
 ) -> TextReference | None:
-    hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
+    hidden, losses = _text_losses(model, encoder, texts, config, progress)
     head = read_head(in_memory(model))
-    losses = []
-    with torch.inference_mode():
-        for states, text in zip(hidden, texts, strict=True):
-            labels = torch.tensor(text.ids[1:], device=states.device)
-            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
     figures["utility.ppl"] = perplexity = ratio_figure(losses, transform=True)
     if reference is not None:
         ratio = perplexity.number / reference.perplexity
@@ -120,3 +117,21 @@ def _measure_text(
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
     return TextReference([text.ids for text in texts], hidden, head.clone(), perplexity.number)
+
+
+def _text_losses(
+    model: PreTrainedModel | StreamedModel,
+    encoder: Encoder,
+    texts: list[Encoded],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[list[torch.Tensor], list[npt.NDArray[np.float64]]]:
+    """Return the final hidden states of every text, and the negative log-probabilities of its tokens, in nats."""
+    hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
+    head = read_head(in_memory(model))
+    losses = []
+    with torch.inference_mode():
+        for states, text in zip(hidden, texts, strict=True):
+            labels = torch.tensor(text.ids[1:], device=states.device)
+            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
+    return hidden, losses

@@ -55,6 +55,8 @@ class MethodSpec:
         lacks: Roles that a model must not have.
         streams: Whether it can run on a model that is read block by block, and plans from headers alone.
         targetless: Whether pairs need no target: the name alone says what is to change.
+        walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
+        structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
     """
 
     name: str
@@ -78,6 +80,8 @@ class MethodSpec:
     lacks: tuple[str, ...] = ()
     streams: bool = False
     targetless: bool = False
+    walks: bool = False
+    structured: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""

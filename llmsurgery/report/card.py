@@ -9,6 +9,8 @@ from jinja2 import Environment, StrictUndefined
 
 _HEADING = "## Surgery record"
 
+# Speeds stand in `surgery.json` alone: a card is the same for two runs of the same operation.
+
 _SECTION = """\
 {{ heading }}
 
@@ -24,7 +26,7 @@ This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `appl
 {% if manifest.metrics -%}
 | metric | before | after | rows | better |
 |---|---|---|---|---|
-{% for name, metric in manifest.metrics.items() -%}
+{% for name, metric in manifest.metrics.items() if not name.startswith("speed.") -%}
 | {{ name }} | {{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
 | {{ metric.direction }} |
 {% endfor %}

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.encode import EvaluationData
     from llmsurgery.evaluate.redirection import Probe
 
-DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
-SETS = DATA_NAMES[:-1]
+SETS = ("forget", "retain", "holdout", "authors", "facts")
+DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DEMO_DATA = {"calibration": "facts", "domain": "retain"}
+"""Data that the demo has under another name: towns for the open text, people for the domain."""
 CONTROL = "control"
 """Rows that attacks alone score; no figure is measured on them."""
 
@@ -125,6 +127,7 @@ def prepare(request: Request) -> Prepared:
     """
     from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.source import resolve_source
+    from llmsurgery.evaluate.encode import encode_domain
 
     request = dataclasses.replace(request, batch_size=parse_batch_size(request.batch_size))
     method = find_method(request.method, request.task)
@@ -155,12 +158,14 @@ def prepare(request: Request) -> Prepared:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
     rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
+    in_domain = hold_back(rows, files, evaluation)
     for gate in gates:
         require_data(gate, available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation))
     hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
-    measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
+    measured = encode_for_figures(encoder, rows if evaluation.figures != "edit" else {}, evaluation, config)
+    measured.domain.extend(encode_domain(encoder, in_domain, evaluation) if in_domain else [])
     probes = encode_pairs(method, config, encoder, pairs)
     concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
     contexts = [context for probe in probes for context in (probe.source, probe.target)]
@@ -182,6 +187,9 @@ def available_needs(
     if evaluation.figures == "edit":
         return pair_needs(method, pairs)
     given = {name for name in DATA_NAMES if name in files} | {"whole"}
+    if method.spec.task == "prune":
+        timed = method.spec.structured and evaluation.figures == "all"
+        given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
@@ -215,6 +223,21 @@ def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
     """Read the data files; of a preference pair the rejected answer is to be forgotten, the chosen one to be kept."""
     rows = {name: read_rows(path) for name, path in files.items()}
     return {name: members if name == "forget" else chosen_rows(members) for name, members in rows.items()}
+
+
+def hold_back(rows: dict[str, list[Row]], files: Mapping[str, Path], evaluation: EvaluationConfig) -> list[Row]:
+    """Take out of the rows that a method reads what figures are measured on; return those of the domain.
+
+    The last fifth of --domain is measured, `text_rows` rows at most. The shipped text serves as --calibration behind
+    the passages of it that are measured.
+    """
+    if files.get("calibration") == files["text"] == GENERAL_TEXT:
+        rows["calibration"] = rows["calibration"][evaluation.text_rows :] or rows["calibration"]
+    domain = rows.get("domain", [])
+    count = min(evaluation.text_rows, len(domain) // 5)
+    if count:
+        rows["domain"] = domain[:-count]
+    return domain[-count:] if count else list(domain)
 
 
 def split_settings(method: Method, request: Request) -> tuple[object, EvaluationConfig, GuardConfig]:
@@ -276,7 +299,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
         for name in (*method.spec.needs, *method.spec.uses, *asked, "retain", "text"):
-            files.setdefault(name, demo_file(method.spec.demo, f"{name}.jsonl"))
+            files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:
             # Two texts in place of the file, also in place of the demo's.
@@ -296,6 +319,8 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
                 f"give --{name} FILE, or no MODEL to see the demo",
             )
     files.setdefault("text", GENERAL_TEXT)
+    if "calibration" in method.spec.uses:
+        files.setdefault("calibration", GENERAL_TEXT)
     return files
 
 
@@ -389,7 +414,7 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
         InputError: Names the id and the number of embeddings.
     """
     embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
-    encoded = [*others, *data.texts, *(row for rows in data.encoded.values() for row in rows)]
+    encoded = [*others, *data.texts, *data.domain, *(row for rows in data.encoded.values() for row in rows)]
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]

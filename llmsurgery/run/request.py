@@ -14,7 +14,8 @@ class Request:
         task: Task ("unlearn").
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "calibration", "domain") ->
+            path.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         out: Output directory; None for a generated name.

@@ -1,0 +1,384 @@
+"""What methods that zero weights share: how much and where, calibration, the walk over the blocks, the edits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from llmsurgery.errors import NoEffectError, UsageError
+from llmsurgery.methods.base import MethodResult, Operation
+from llmsurgery.train.config import option
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmsurgery.arch.spec import RoleTensor, Structure
+    from llmsurgery.compute.inputs import Statistic
+    from llmsurgery.compute.walk import BlockWalk
+    from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.records import Row
+    from llmsurgery.data.windows import Window
+    from llmsurgery.edits.kinds import Edit
+
+NO_SPEED = (
+    "zeros are stored like any other value: neither the file nor inference becomes smaller or faster without a runtime "
+    "for sparse weights"
+)
+RECORD = "sparsity.json"
+"""File beside the result with the share of zeros of every matrix."""
+
+PRUNABLE = "prunable"
+EXPERTS = ("expert.gate", "expert.up", "expert.down")
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class AmountConfig:
+    """How many weights are zeroed, and where."""
+
+    sparsity: float | None = option(None, "share of the weights that is zeroed, above 0 and below 1; none: 0.5")
+    of: str = option(
+        "prunable", "what that is a share of: the matrices that are pruned, or all parameters", ("prunable", "all")
+    )
+    pattern: str | None = option(None, "N:M, such as 2:4: zero N of every M consecutive inputs, in place of a share")
+    roles: tuple[str, ...] = option(
+        (PRUNABLE,),
+        "roles that are pruned; `prunable`: every matrix of a block, routed experts included and routers not",
+    )
+    layers: tuple[int, ...] = option((), "layers that are pruned; empty: all")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that activations are taken from."""
+
+    samples: int = option(32, "windows of --calibration at most", minimum=1)
+    window: int = option(512, "tokens of a window, at most the model's context", minimum=2)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of each matrix is zeroed.
+
+    Attributes:
+        share: Share of the entries.
+        group: (n, m): n of every m consecutive inputs of a row; None for a share alone.
+    """
+
+    share: float
+    group: tuple[int, int] | None = None
+
+
+def pruned_tensors(config: AmountConfig, structure: Structure) -> list[RoleTensor]:
+    """Return the matrices that are pruned, in order of layer.
+
+    Raises:
+        UsageError: An unknown role, or a layer that does not exist.
+        NoEffectError: The model has no such matrix there.
+    """
+    roles: list[str] = []
+    for role in config.roles:
+        if role == PRUNABLE:
+            present = [name for name in EXPERTS if name in structure.roles]
+            roles += ["linear", *present]
+        else:
+            roles.append(role)
+    found = structure.select(roles, config.layers or None)
+    matrices = [tensor for tensor in found if tensor.layer is not None and len(tensor.shape) == 2]
+    if not matrices:
+        raise NoEffectError(
+            f"nothing of the roles {', '.join(config.roles)} is a matrix of a block",
+            "embeddings, norms and the head are not pruned",
+            f"choose among {', '.join(structure.roles)}",
+        )
+    return matrices
+
+
+def amount_of(config: AmountConfig, structure: Structure, targets: Sequence[RoleTensor]) -> Amount:
+    """Return how much of each matrix is zeroed.
+
+    Raises:
+        UsageError: The share is not between 0 and 1, the pattern is none or does not divide the width of a matrix, or
+            both are given.
+    """
+    if config.pattern is not None:
+        if config.sparsity is not None:
+            raise UsageError(
+                "--sparsity and --pattern are given", "a pattern has its own share of zeros", "give one of them"
+            )
+        return _pattern(config.pattern, targets)
+    share = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
+    if not 0 < share < 1:
+        raise UsageError(
+            f"a sparsity of {share:g} is out of bounds",
+            "it is the share of the weights that is zeroed, above 0 and below 1",
+            "--sparsity 0.5 zeroes half of them",
+        )
+    if config.of == "prunable":
+        return Amount(share)
+    total = sum(tensor.parameters for tensor in structure.tensors)
+    prunable = sum(target.parameters for target in targets)
+    if share * total >= prunable:
+        raise UsageError(
+            f"{share:g} of all parameters cannot be zeroed",
+            f"the matrices that are pruned hold {prunable / total:.3f} of them",
+            "lower --sparsity, or give it as a share of these matrices (--of prunable)",
+        )
+    return Amount(share * total / prunable)
+
+
+def _pattern(text: str, targets: Sequence[RoleTensor]) -> Amount:
+    from llmsurgery.compute.inputs import input_width
+
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < n < m:
+        raise UsageError(
+            f"{text!r} is no pattern", "N:M zeroes N of every M consecutive inputs, 0 < N < M", "--pattern 2:4"
+        )
+    for target in targets:
+        if (width := input_width(target)) % m:
+            raise UsageError(
+                f"pattern {text} does not fit {target.stored}",
+                f"its {width} inputs are no multiple of {m}",
+                f"choose an M that divides {width}, leave the role out (--set roles=...), or give --sparsity",
+            )
+    return Amount(n / m, (n, m))
+
+
+def calibration_windows(
+    config: CalibrationConfig, encoder: Encoder, rows: Sequence[Row], name: str = "calibration"
+) -> list[Window]:
+    """Return the windows that activations are taken from.
+
+    Raises:
+        InputError: The rows have fewer tokens than one window.
+    """
+    from llmsurgery.data.windows import pack_windows
+
+    return pack_windows(encoder, rows, min(config.window, encoder.max_length), config.samples, name)
+
+
+def tell_of_windows(operation: Operation, config: CalibrationConfig, windows: Sequence[Window], name: str) -> None:
+    """Say so where the text gives fewer windows than asked for."""
+    if len(windows) < config.samples:
+        operation.progress.notice(
+            f"--{name} gives {len(windows)} windows of {len(windows[0])} tokens, {config.samples} were asked for"
+        )
+
+
+def walk_of(operation: Operation, windows: Sequence[Window]) -> BlockWalk:
+    """Return the walk of some windows through the model; `--batch-size` says how many of them run at once."""
+    import torch
+
+    from llmsurgery.compute.walk import BlockWalk
+
+    rows = operation.training.micro_batch or 4
+    batches = [torch.tensor(windows[start : start + rows]) for start in range(0, len(windows), rows)]
+    return BlockWalk(operation.streamed or operation.model, operation.structure, batches)
+
+
+def stored_matrix(operation: Operation, target: RoleTensor) -> torch.Tensor:
+    """Return a stored matrix as W [outputs, inputs], fp32, on the model's device."""
+    import torch
+
+    values = torch.from_numpy(operation.read(target.stored)).to(operation.model.device)
+    return values.T if target.transposed else values
+
+
+Prune = Callable[["RoleTensor", "torch.Tensor", Any], "torch.Tensor"]
+"""Returns, given W [outputs, inputs] in fp32 and the statistic of its inputs, what becomes of it: bool, True where an
+entry is zeroed, or new values, both [outputs, inputs]."""
+
+
+@dataclass
+class Pruned:
+    """What was made of some matrices.
+
+    Attributes:
+        edits: One edit per matrix.
+        zeros: Stored name -> number of zeros of the matrix as it will be stored.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    zeros: dict[str, int] = field(default_factory=dict)
+
+    def add(self, target: RoleTensor, made: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Take in what became of one matrix; return its values as they will be stored, [outputs, inputs], fp32."""
+        import numpy as np
+        import torch
+
+        from llmsurgery.edits.kinds import Mask, Replace
+        from llmsurgery.edits.rows import PackedMask, StoredRows
+
+        edit: Edit
+        if made.dtype == torch.bool:
+            mask = PackedMask.of(np.ascontiguousarray((~_oriented(made, target)).cpu().numpy()))
+            edit = Mask(target.stored, cast(Any, mask))
+            values = weight.masked_fill(made, 0)
+        else:
+            rows = StoredRows.of(np.ascontiguousarray(_oriented(made, target).float().cpu().numpy()), target.dtype)
+            edit = Replace(target.stored, cast(Any, rows))
+            values = _oriented(torch.from_numpy(rows[:]).to(weight), target)
+        self.edits.append(edit)
+        self.zeros[target.stored] = int((values == 0).sum())
+        return values
+
+
+def _oriented(values: torch.Tensor, target: RoleTensor) -> torch.Tensor:
+    """Turn [outputs, inputs] into the stored orientation, or back."""
+    return values.T if target.transposed else values
+
+
+def prune_each(operation: Operation, targets: Sequence[RoleTensor], prune: Prune) -> Pruned:
+    """Prune matrices one by one, from what is stored alone."""
+    pruned = Pruned()
+    with operation.progress.task("pruning", len(targets)) as tick:
+        for target in targets:
+            weight = stored_matrix(operation, target)
+            pruned.add(target, prune(target, weight, None), weight)
+            tick()
+    return pruned
+
+
+def prune_blocks(
+    operation: Operation,
+    targets: Sequence[RoleTensor],
+    windows: Sequence[Window],
+    make: Callable[[int], Statistic],
+    prune: Prune,
+) -> Pruned:
+    """Prune block by block; every block sees what the pruned blocks before it put out.
+
+    Within a block all statistics come from before any pruning in it. One block, the activations of all windows and the
+    statistics of one block are in memory, beside the edits; of a loaded model all blocks are there anyway, and they
+    are changed.
+
+    Args:
+        operation: What the method is given.
+        targets: The matrices.
+        windows: Calibration windows.
+        make: Makes an empty statistic of inputs of some width.
+        prune: Prunes one matrix.
+    """
+    from llmsurgery.compute.inputs import watched_inputs
+    from llmsurgery.compute.view import weight_view
+    from llmsurgery.methods.kept_blocks import KeptBlocks
+
+    by_layer: dict[int, list[RoleTensor]] = defaultdict(list)
+    for target in targets:
+        by_layer[int(target.layer or 0)].append(target)
+    last, pruned, kept = max(by_layer), Pruned(), KeptBlocks(operation.training.store)
+    walk = walk_of(operation, windows)
+    with operation.progress.task("pruning blocks", last + 1) as tick:
+        for layer in range(last + 1):
+            members = by_layer.get(layer, [])
+            with walk.held():
+                made = kept.load(layer, members)
+                if members and made is None:
+                    with watched_inputs(operation.model, operation.structure, members, make) as statistic:
+                        walk.look()
+                    made = {
+                        target.stored: _rounded(
+                            prune(target, stored_matrix(operation, target), statistic(target)), target
+                        )
+                        for target in members
+                    }
+                    del statistic
+                    kept.save(layer, made)
+                for target in members:
+                    assert made is not None
+                    values = pruned.add(target, made.pop(target.stored), stored_matrix(operation, target))
+                    weight_view(operation.model, target).copy_(_oriented(values, target))
+                if layer < last:
+                    walk.advance()
+            tick()
+    return pruned
+
+
+def _rounded(made: torch.Tensor, target: RoleTensor) -> torch.Tensor:
+    """Return new values in the stored dtype; a mask as it is."""
+    import torch
+
+    from llmsurgery.compute.load import STORED
+
+    return made if made.dtype == torch.bool else made.to(STORED[target.dtype])
+
+
+def magnitude_mask(weight: torch.Tensor, amount: Amount) -> torch.Tensor:
+    """Mark the entries of smallest |W|: of the whole matrix, or of each group of a pattern."""
+    from llmsurgery.compute.select import share_of, smallest_of_all, smallest_of_groups
+
+    if amount.group is not None:
+        return smallest_of_groups(weight.abs(), *amount.group)
+    return smallest_of_all(weight.abs(), share_of(amount.share, weight.numel()))
+
+
+def pruned_result(
+    operation: Operation,
+    config: AmountConfig,
+    amount: Amount,
+    targets: Sequence[RoleTensor],
+    pruned: Pruned,
+    record: Mapping[str, object],
+) -> MethodResult:
+    """Return the result of a method that zeroes weights, with what is to be known of it.
+
+    Args:
+        operation: What the method was given.
+        config: How much was asked for.
+        amount: How much that is of each matrix.
+        targets: The matrices.
+        pruned: What was made of them.
+        record: Further facts for the manifest.
+    """
+    operation.progress.notice(NO_SPEED)
+    by_role: dict[str, list[RoleTensor]] = defaultdict(list)
+    for target in targets:
+        by_role[target.role].append(target)
+    prunable = sum(target.parameters for target in targets)
+    total = sum(tensor.parameters for tensor in operation.structure.tensors)
+    zeros = sum(pruned.zeros.values())
+    facts: dict[str, object] = {
+        "sparsity_of_each": amount.share,
+        "pattern": config.pattern,
+        "prunable_parameters": prunable,
+        "all_parameters": total,
+        "zeros": zeros,
+        "zeros_of_prunable": zeros / prunable,
+        "zeros_of_all": zeros / total,
+        "zeros_by_role": {
+            role: sum(pruned.zeros[target.stored] for target in members) / sum(t.parameters for t in members)
+            for role, members in by_role.items()
+        },
+        **record,
+    }
+    shares = {target.stored: pruned.zeros[target.stored] / target.parameters for target in targets}
+    beside = {RECORD: (json.dumps({"zeros": shares, **facts}, indent=2) + "\n").encode()}
+    group = amount.group
+
+    def check(model: Any) -> None:
+        if group is not None:
+            require_pattern(model, targets, group)
+
+    return MethodResult(pruned.edits, facts, beside=beside, check=check)
+
+
+def require_pattern(model: Any, targets: Sequence[RoleTensor], group: tuple[int, int]) -> None:
+    """Check that a reloaded result has its pattern.
+
+    Raises:
+        SurgeryError: A group has more entries that are not zero: a bug.
+    """
+    from llmsurgery.compute.view import weight_view
+    from llmsurgery.errors import SurgeryError
+
+    n, m = group
+    for target in targets:
+        values = _oriented(weight_view(model, target), target)
+        if bool(((values.reshape(-1, m) != 0).sum(1) > m - n).any()):
+            raise SurgeryError(f"{target.stored} has groups of {m} with more than {m - n} entries that are not zero")
