@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmsurgery.methods.amounts import Amount
 from llmsurgery.methods.base import Operation
-from llmsurgery.methods.pruning import Amount, stored_matrix, walk_of
+from llmsurgery.methods.pruning import stored_matrix, walk_of
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,10 @@ def general_importance(
 
     general = General(kind)
     device = operation.model.device
-    make: Callable[[int], Statistic] = lambda size: (SquareSum if kind == "activations" else SecondMoment)(size, device)  # noqa: E731
+
+    def make(size: int) -> Statistic:
+        return SquareSum(size, device) if kind == "activations" else SecondMoment(size, device)
+
     by_layer: dict[int, list[RoleTensor]] = defaultdict(list)
     for target in targets:
         by_layer[int(target.layer or 0)].append(target)

@@ -1,22 +1,21 @@
-"""What methods that zero weights share: how much and where, calibration, the walk over the blocks, the edits."""
+"""What methods that zero weights share: calibration, the walk over the blocks, the edits and what is said of them."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from llmsurgery.errors import NoEffectError, UsageError
+from llmsurgery.methods.amounts import Amount, AmountConfig
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
     import torch
 
-    from llmsurgery.arch.spec import RoleTensor, Structure
+    from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.inputs import Statistic
     from llmsurgery.compute.walk import BlockWalk
     from llmsurgery.data.chat import Encoder
@@ -31,26 +30,6 @@ NO_SPEED = (
 RECORD = "sparsity.json"
 """File beside the result with the share of zeros of every matrix."""
 
-PRUNABLE = "prunable"
-EXPERTS = ("expert.gate", "expert.up", "expert.down")
-DEFAULT_SPARSITY = 0.5
-
-
-@dataclass(frozen=True)
-class AmountConfig:
-    """How many weights are zeroed, and where."""
-
-    sparsity: float | None = option(None, "share of the weights that is zeroed, above 0 and below 1; none: 0.5")
-    of: str = option(
-        "prunable", "what that is a share of: the matrices that are pruned, or all parameters", ("prunable", "all")
-    )
-    pattern: str | None = option(None, "N:M, such as 2:4: zero N of every M consecutive inputs, in place of a share")
-    roles: tuple[str, ...] = option(
-        (PRUNABLE,),
-        "roles that are pruned; `prunable`: every matrix of a block, routed experts included and routers not",
-    )
-    layers: tuple[int, ...] = option((), "layers that are pruned; empty: all")
-
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -58,96 +37,6 @@ class CalibrationConfig:
 
     samples: int = option(32, "windows of --calibration at most", minimum=1)
     window: int = option(512, "tokens of a window, at most the model's context", minimum=2)
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How much of each matrix is zeroed.
-
-    Attributes:
-        share: Share of the entries.
-        group: (n, m): n of every m consecutive inputs of a row; None for a share alone.
-    """
-
-    share: float
-    group: tuple[int, int] | None = None
-
-
-def pruned_tensors(config: AmountConfig, structure: Structure) -> list[RoleTensor]:
-    """Return the matrices that are pruned, in order of layer.
-
-    Raises:
-        UsageError: An unknown role, or a layer that does not exist.
-        NoEffectError: The model has no such matrix there.
-    """
-    roles: list[str] = []
-    for role in config.roles:
-        if role == PRUNABLE:
-            present = [name for name in EXPERTS if name in structure.roles]
-            roles += ["linear", *present]
-        else:
-            roles.append(role)
-    found = structure.select(roles, config.layers or None)
-    matrices = [tensor for tensor in found if tensor.layer is not None and len(tensor.shape) == 2]
-    if not matrices:
-        raise NoEffectError(
-            f"nothing of the roles {', '.join(config.roles)} is a matrix of a block",
-            "embeddings, norms and the head are not pruned",
-            f"choose among {', '.join(structure.roles)}",
-        )
-    return matrices
-
-
-def amount_of(config: AmountConfig, structure: Structure, targets: Sequence[RoleTensor]) -> Amount:
-    """Return how much of each matrix is zeroed.
-
-    Raises:
-        UsageError: The share is not between 0 and 1, the pattern is none or does not divide the width of a matrix, or
-            both are given.
-    """
-    if config.pattern is not None:
-        if config.sparsity is not None:
-            raise UsageError(
-                "--sparsity and --pattern are given", "a pattern has its own share of zeros", "give one of them"
-            )
-        return _pattern(config.pattern, targets)
-    share = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
-    if not 0 < share < 1:
-        raise UsageError(
-            f"a sparsity of {share:g} is out of bounds",
-            "it is the share of the weights that is zeroed, above 0 and below 1",
-            "--sparsity 0.5 zeroes half of them",
-        )
-    if config.of == "prunable":
-        return Amount(share)
-    total = sum(tensor.parameters for tensor in structure.tensors)
-    prunable = sum(target.parameters for target in targets)
-    if share * total >= prunable:
-        raise UsageError(
-            f"{share:g} of all parameters cannot be zeroed",
-            f"the matrices that are pruned hold {prunable / total:.3f} of them",
-            "lower --sparsity, or give it as a share of these matrices (--of prunable)",
-        )
-    return Amount(share * total / prunable)
-
-
-def _pattern(text: str, targets: Sequence[RoleTensor]) -> Amount:
-    from llmsurgery.compute.inputs import input_width
-
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 0 < n < m:
-        raise UsageError(
-            f"{text!r} is no pattern", "N:M zeroes N of every M consecutive inputs, 0 < N < M", "--pattern 2:4"
-        )
-    for target in targets:
-        if (width := input_width(target)) % m:
-            raise UsageError(
-                f"pattern {text} does not fit {target.stored}",
-                f"its {width} inputs are no multiple of {m}",
-                f"choose an M that divides {width}, leave the role out (--set roles=...), or give --sparsity",
-            )
-    return Amount(n / m, (n, m))
 
 
 def calibration_windows(
@@ -358,7 +247,7 @@ def pruned_result(
         **record,
     }
     shares = {target.stored: pruned.zeros[target.stored] / target.parameters for target in targets}
-    beside = {RECORD: (json.dumps({"zeros": shares, **facts}, indent=2) + "\n").encode()}
+    beside = {RECORD: (json.dumps({**facts, "zeros_by_matrix": shares}, indent=2) + "\n").encode()}
     group = amount.group
 
     def check(model: Any) -> None:

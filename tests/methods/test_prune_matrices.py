@@ -11,12 +11,13 @@ from llmsurgery.compute.accumulate import SecondMoment
 from llmsurgery.compute.inputs import SquareSum
 from llmsurgery.compute.sparsegpt import Factor, factorise, prune_matrix
 from llmsurgery.errors import DivergedError
+from llmsurgery.methods.amounts import Amount
 from llmsurgery.methods.prune.d_pruner import block_mask, joined
 from llmsurgery.methods.prune.llm_pruner import channels_kept, entry_terms, groups_kept, tensor_score
 from llmsurgery.methods.prune.shortgpt import influence
 from llmsurgery.methods.prune.void import activity, voids
 from llmsurgery.methods.prune.wanda import scores, variant_mask, wanda_mask
-from llmsurgery.methods.pruning import Amount, magnitude_mask
+from llmsurgery.methods.pruning import magnitude_mask
 from llmsurgery.train.importance import Importance, guarded_gradient
 
 W = torch.tensor([[4, 1, -0.5, 2], [-1, 3, 0.1, -2]])
@@ -62,7 +63,9 @@ def test_sparsegpt() -> None:
     assert diagonal.tolist() == pytest.approx([0.350292, 0.598331, 0.286890, 0.249068], abs=1e-5)
     caught: list[torch.Tensor] = []
     pruned = prune_matrix(W, factor, 0.5, observe=lambda _, score: caught.append(score.clone()))
-    assert pruned.tolist() == [[4, 0, 0, 2], pytest.approx([0, 2.996438, 0, -2.445766], abs=1e-5)]
+    assert pruned[0].tolist() == pytest.approx([4, 0, 0, 2], abs=1e-5)
+    assert pruned[1].tolist() == pytest.approx([0, 2.996438, 0, -2.445766], abs=1e-5)
+    assert int((pruned == 0).sum()) == 4
     assert error(pruned) == pytest.approx(6.0608, abs=1e-3)
     # The general importance of D-Pruner: U_jj^2 and [H^-1]_jj agree in the first column alone.
     wanted = [[130.3947, 2.7933, 3.0374, 64.4800], [8.1497, 25.1397, 0.1215, 64.4800]]

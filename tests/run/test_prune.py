@@ -123,8 +123,8 @@ def test_wanda_is_the_slow_reference(
     assert record["windows"] == 8
     assert any("zeros are stored like any other value" in notice for notice in manifest["notices"])
     beside = json.loads((tmp_path / "out" / ".llmsurgery" / "sparsity.json").read_text())
-    assert set(beside["zeros"]) == changed
-    assert set(beside["zeros"].values()) == {0.5}
+    assert set(beside["zeros_by_matrix"]) == changed
+    assert set(beside["zeros_by_matrix"].values()) == {0.5}
 
 
 @pytest.mark.parametrize(("architecture", "role"), [("gpt2", "mlp.up"), ("gemma2", "mlp.down")])

@@ -44,17 +44,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsurgery.errors import NoEffectError
+from llmsurgery.methods.amounts import Amount, AmountConfig, amount_of, pruned_tensors
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.general_importance import KINDS, General, general_importance
 from llmsurgery.methods.pruning import (
-    Amount,
-    AmountConfig,
     CalibrationConfig,
-    amount_of,
     calibration_windows,
     prune_each,
     pruned_result,
-    pruned_tensors,
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register

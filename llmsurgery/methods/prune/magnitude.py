@@ -20,14 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llmsurgery.methods.amounts import AmountConfig, amount_of, pruned_tensors
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.pruning import (
-    AmountConfig,
-    amount_of,
     magnitude_mask,
     prune_each,
     pruned_result,
-    pruned_tensors,
 )
 from llmsurgery.methods.registry import register
 

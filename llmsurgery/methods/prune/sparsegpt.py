@@ -31,16 +31,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llmsurgery.methods.amounts import AmountConfig, amount_of, pruned_tensors
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.pruning import (
-    AmountConfig,
     CalibrationConfig,
-    amount_of,
     calibration_windows,
     magnitude_mask,
     prune_blocks,
     pruned_result,
-    pruned_tensors,
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register
