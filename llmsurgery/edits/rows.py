@@ -40,7 +40,7 @@ class PackedMask:
     def __getitem__(self, rows: slice) -> npt.NDArray[np.bool_]:
         return np.unpackbits(self.bits[rows], axis=1, count=self.shape[1]).view(np.bool_)
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Raw:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Raw:
         return self[slice(None)].astype(dtype or self.dtype)
 
 
@@ -57,7 +57,7 @@ class StoredRows:
 
     def __init__(self, shape: tuple[int, ...], code: str, read: Callable[[int, int], Raw]) -> None:
         self.shape, self.code, self.read = shape, code, read
-        self.dtype = np.dtype(np.float64 if code == "F64" else np.float32)
+        self.dtype: np.dtype[Any] = np.dtype("f8" if code == "F64" else "f4")
 
     @classmethod
     def of(cls, values: Raw, code: str) -> StoredRows:
@@ -73,5 +73,5 @@ class StoredRows:
         start, stop, _ = rows.indices(self.shape[0])
         return decode(self.read(start, stop), self.code)
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Raw:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Raw:
         return self[slice(None)].astype(dtype or self.dtype)

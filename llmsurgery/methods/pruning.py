@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.records import Row
     from llmsurgery.data.windows import Window
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.edits.rows import StoredRows
 
 NO_SPEED = (
     "zeros are stored like any other value: neither the file nor inference becomes smaller or faster without a runtime "
@@ -96,9 +97,20 @@ class Pruned:
     edits: list[Edit] = field(default_factory=list)
     zeros: dict[str, int] = field(default_factory=dict)
 
-    def add(self, target: RoleTensor, made: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Take in what became of one matrix; return its values as they will be stored, [outputs, inputs], fp32."""
-        import numpy as np
+    def add(
+        self, target: RoleTensor, made: torch.Tensor, weight: torch.Tensor, rows: StoredRows | None = None
+    ) -> torch.Tensor:
+        """Take in what became of one matrix.
+
+        Args:
+            target: The matrix.
+            made: What `as_stored` made of it.
+            weight: W [outputs, inputs], fp32.
+            rows: New values that lie elsewhere; without them memory holds them.
+
+        Returns:
+            Its values as they will be stored, [outputs, inputs], fp32.
+        """
         import torch
 
         from llmsurgery.edits.kinds import Mask, Replace
@@ -106,13 +118,12 @@ class Pruned:
 
         edit: Edit
         if made.dtype == torch.bool:
-            mask = PackedMask.of(np.ascontiguousarray((~_oriented(made, target)).cpu().numpy()))
-            edit = Mask(target.stored, cast(Any, mask))
-            values = weight.masked_fill(made, 0)
+            edit = Mask(target.stored, cast(Any, PackedMask.of((~made).cpu().numpy())))
+            values = weight.masked_fill(_oriented(made, target), 0)
         else:
-            rows = StoredRows.of(np.ascontiguousarray(_oriented(made, target).float().cpu().numpy()), target.dtype)
+            rows = rows or StoredRows.of(made.float().cpu().numpy(), target.dtype)
             edit = Replace(target.stored, cast(Any, rows))
-            values = _oriented(torch.from_numpy(rows[:]).to(weight), target)
+            values = _oriented(made.to(weight), target)
         self.edits.append(edit)
         self.zeros[target.stored] = int((values == 0).sum())
         return values
@@ -129,7 +140,7 @@ def prune_each(operation: Operation, targets: Sequence[RoleTensor], prune: Prune
     with operation.progress.task("pruning", len(targets)) as tick:
         for target in targets:
             weight = stored_matrix(operation, target)
-            pruned.add(target, prune(target, weight, None), weight)
+            pruned.add(target, as_stored(prune(target, weight, None), target), weight)
             tick()
     return pruned
 
@@ -143,9 +154,9 @@ def prune_blocks(
 ) -> Pruned:
     """Prune block by block; every block sees what the pruned blocks before it put out.
 
-    Within a block all statistics come from before any pruning in it. One block, the activations of all windows and the
-    statistics of one block are in memory, beside the edits; of a loaded model all blocks are there anyway, and they
-    are changed.
+    Within a block all statistics come from before any pruning in it. One block, the activations of all windows, the
+    statistics of one block and one bit for each entry that a mask zeroes are in memory; new values lie in the state of
+    the run. Of a loaded model all blocks are there anyway, and they are changed.
 
     Args:
         operation: What the method is given.
@@ -172,7 +183,7 @@ def prune_blocks(
                     with watched_inputs(operation.model, operation.structure, members, make) as statistic:
                         walk.look()
                     made = {
-                        target.stored: _rounded(
+                        target.stored: as_stored(
                             prune(target, stored_matrix(operation, target), statistic(target)), target
                         )
                         for target in members
@@ -181,7 +192,10 @@ def prune_blocks(
                     kept.save(layer, made)
                 for target in members:
                     assert made is not None
-                    values = pruned.add(target, made.pop(target.stored), stored_matrix(operation, target))
+                    found = made.pop(target.stored)
+                    values = pruned.add(
+                        target, found, stored_matrix(operation, target), kept.rows(layer, target, found)
+                    )
                     weight_view(operation.model, target).copy_(_oriented(values, target))
                 if layer < last:
                     walk.advance()
@@ -189,13 +203,14 @@ def prune_blocks(
     return pruned
 
 
-def _rounded(made: torch.Tensor, target: RoleTensor) -> torch.Tensor:
-    """Return new values in the stored dtype; a mask as it is."""
+def as_stored(made: torch.Tensor, target: RoleTensor) -> torch.Tensor:
+    """Return what became of a matrix [outputs, inputs] in the stored orientation, new values in the stored dtype."""
     import torch
 
     from llmsurgery.compute.load import STORED
 
-    return made if made.dtype == torch.bool else made.to(STORED[target.dtype])
+    values = _oriented(made, target).contiguous()
+    return values if values.dtype == torch.bool else values.to(STORED[target.dtype])
 
 
 def magnitude_mask(weight: torch.Tensor, amount: Amount) -> torch.Tensor:
