@@ -24,7 +24,7 @@ class EvaluationData:
         wrong: Set name -> position -> the same prompt with each wrong answer.
         skipped: Set name -> passages too short to be cut into prompt and answer.
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
-        domain: Encoded rows of the domain that is pruned for, scored from their first token on.
+        domain: Encoded rows of the domain that is pruned for.
     """
 
     rows: dict[str, list[Row]]
@@ -108,7 +108,7 @@ def _encode_set(
 
 
 def encode_domain(encoder: Encoder, rows: Sequence[Row], config: EvaluationConfig) -> list[Encoded]:
-    """Encode rows of a domain for its perplexity, prompts included, the first `text_tokens` of each.
+    """Encode rows of a domain for its perplexity: texts, the first `text_tokens` of each, or answers to prompts.
 
     Raises:
         InputError: No row is long enough.
@@ -118,7 +118,7 @@ def encode_domain(encoder: Encoder, rows: Sequence[Row], config: EvaluationConfi
         if row.kind == "text":
             encoded.append(encoder.encode_text(row.answer, config.text_tokens))
         else:
-            encoded.append(Encoded(encoder.encode(row).ids[: config.text_tokens], 1, False, row.where))
+            encoded.append(encoder.encode(row))
     encoded = [row for row in encoded if len(row.ids) > 8][: config.text_rows]
     if not encoded:
         raise InputError("no row of --domain has more than 8 tokens", "perplexity needs longer rows", "give others")

@@ -87,7 +87,9 @@ def measure(
     figures = aggregate(scores, config, retained)
     kept: TextReference | None = None
     if data.domain:
-        figures["domain.ppl"] = ratio_figure(_text_losses(model, encoder, data.domain, config, progress)[1], True)
+        losses = _text_losses(model, encoder, data.domain, config, progress)[1]
+        answers_alone = [loss[-row.labels :] for loss, row in zip(losses, data.domain, strict=True)]
+        figures["domain.ppl"] = ratio_figure(answers_alone, transform=True)
     if data.texts:
         kept = _measure_text(model, encoder, data.texts, config, progress, figures, reference, keep_reference)
     return Measurement(figures, answers, kept, scores, retained)

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 SETS = ("forget", "retain", "holdout", "authors", "facts")
 DATA_NAMES = (*SETS, "text", "calibration", "domain")
-DEMO_DATA = {"calibration": "facts", "domain": "retain"}
-"""Data that the demo has under another name: towns for the open text, people for the domain."""
+DEMO_DATA = {"calibration": "retain", "domain": "facts"}
+"""Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
 """Rows that attacks alone score; no figure is measured on them."""
 

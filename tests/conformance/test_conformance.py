@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ class Runs:
         original, original_files = forms.write_edits, forms.beside_files
 
         def record(checkpoint: Any, publication: Any, edits: Any, *more: Any) -> Any:
-            kept.extend(edits)
+            # Values that lie in the state of a run are gone behind it.
+            kept.extend(replace(e, values=np.asarray(e.values)) if isinstance(e, Replace) else e for e in edits)
             return original(checkpoint, publication, edits, *more)
 
         def record_files(checkpoint: Any, edits: Any) -> Any:
