@@ -246,5 +246,5 @@ def block_mask(score: torch.Tensor, amount: Amount, blocks: int) -> torch.Tensor
 
     if amount.group is not None:
         return smallest_of_groups(score, *amount.group)
-    parts = score.split(max(1, score.shape[1] // blocks), 1)
+    parts = torch.split(score, max(1, score.shape[1] // blocks), 1)
     return torch.cat([smallest_of_all(part, share_of(amount.share, part.numel())) for part in parts], 1)
