@@ -17,6 +17,9 @@ neither the file nor inference becomes smaller or faster without a runtime for s
 lose their column; an expert that no token reaches is pruned by magnitude. Where H has no Cholesky factor the damping
 grows tenfold, up to five times; all of this is recorded.
 
+A killed run goes on behind the last pruned block with --resume. `--set eval.figures=streamed` prunes and measures with
+one block in memory, for models that do not fit.
+
 What differs from the released code (IST-DASLab/sparsegpt), and why:
 
 - The mask takes exactly the s-fraction of a block. There, scores <= a threshold take one more and all ties.

@@ -15,6 +15,9 @@ of the calibration text reaches, and a matrix whose inputs are all zero, are pru
 variant=true is the paper's other rule: per row, S is sorted and entries go as long as their sum stays within alpha
 times the row's total; alpha is found by bisection so that the matrix has the sparsity asked for, to 0.001.
 
+A killed run goes on behind the last pruned block with --resume. `--set eval.figures=streamed` prunes and measures with
+one block in memory, for models that do not fit.
+
 What differs from the released code (locuslab/wanda), and why:
 
 - It hands three named arguments on to a block; here everything that the stock model calls a block with goes with it,
