@@ -240,6 +240,47 @@ def debias(
     return operate(_request("debias", method, model, options, mcq=mcq, contrast=contrast), options.get("progress"))
 
 
+def prune(
+    model: File | None = None,
+    *,
+    method: str,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    of: str | None = None,
+    hidden: int | None = None,
+    layers: int | None = None,
+    calibration: File | None = None,
+    domain: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Make a model sparser or smaller.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name, for example "wanda".
+        sparsity: Share of the weights that is zeroed, or of the structures that are removed.
+        pattern: "N:M" in place of it: zero N of every M consecutive inputs.
+        of: What `sparsity` is a share of: "prunable" matrices or "all" parameters.
+        hidden: Width that is kept, for methods that narrow the residual stream.
+        layers: Number of blocks that are kept, for methods that remove blocks.
+        calibration: Data file of ordinary text that activations are taken from; a shipped text by default.
+        domain: Data file of the domain that the model is to stay good at; its last rows are only measured.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.methods.amounts import amount_settings
+
+    request = _request("prune", method, model, options, calibration=calibration, domain=domain)
+    amounts = amount_settings(method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers)
+    request = dataclasses.replace(request, settings={**request.settings, **amounts})
+    return operate(request, options.get("progress"))
+
+
 def evaluate_checkpoints(
     models: Sequence[File],
     *,

@@ -20,6 +20,7 @@ from llmsurgery.cli.lens import lens
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.prune import prune
 from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
@@ -39,6 +40,7 @@ for name, command in (
     ("unlearn", unlearn),
     ("redirect", redirect),
     ("recover-alignment", recover_alignment),
+    ("prune", prune),
     ("debias", debias),
     ("eval", evaluate),
     ("compare", compare),

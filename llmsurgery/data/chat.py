@@ -150,6 +150,14 @@ class Encoder:
             token for token in empty if token != self.tokenizer.eos_token_id or self.tokenizer.bos_token_id == token
         ]
 
+    def text_prefix(self) -> tuple[int, ...]:
+        """Return the ids that the tokenizer puts before a plain text."""
+        return tuple(self._prefix())
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return all ids of a plain text, none put before or behind it."""
+        return self._ids(text)
+
     def _starts_special(self, prompt: str) -> bool:
         return any(prompt.startswith(token) for token in self.tokenizer.all_special_tokens)
 

@@ -37,7 +37,10 @@ class EvaluationConfig:
     mcq_template: str = option("", "file with the prompt of --mcq; default: the method's, or the shipped one")
     mcq_rows: int | None = option(None, "questions of --mcq that are measured; 0 or none: all", minimum=0)
     figures: str = option(
-        "all", "edit: of a redirection measure only what the edited blocks show, and read no others", ("all", "edit")
+        "all",
+        "edit: of a redirection measure only what the edited blocks show; streamed: prune and measure a model that is "
+        "read block by block",
+        ("all", "edit", "streamed"),
     )
     scorer: str | None = option(
         None, "score of --task rows; default: the method's, else probability", ("probability", "exact", "rouge_l")

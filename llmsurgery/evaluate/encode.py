@@ -28,6 +28,7 @@ class EvaluationData:
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
         letters: Multiple-choice questions in every cyclic order, or None.
         stereotypes: Pairs of sentences of which one is the stereotype, or None.
+        domain: Encoded rows of the domain that is pruned for.
     """
 
     rows: dict[str, list[Row]]
@@ -39,6 +40,7 @@ class EvaluationData:
     whole: dict[str, list[Encoded]] = field(default_factory=dict)
     letters: LetterSet | None = None
     stereotypes: StereotypeSet | None = None
+    domain: list[Encoded] = field(default_factory=list)
 
     @property
     def available(self) -> set[str]:
@@ -109,6 +111,24 @@ def _encode_set(
     if not encoded:
         raise InputError(f"every passage of --{name} has fewer than four tokens", "nothing can be measured", "")
     data.rows[name], data.encoded[name] = rows, encoded
+
+
+def encode_domain(encoder: Encoder, rows: Sequence[Row], config: EvaluationConfig) -> list[Encoded]:
+    """Encode rows of a domain for its perplexity: texts, the first `text_tokens` of each, or answers to prompts.
+
+    Raises:
+        InputError: No row is long enough.
+    """
+    encoded = []
+    for row in rows:
+        if row.kind == "text":
+            encoded.append(encoder.encode_text(row.answer, config.text_tokens))
+        else:
+            encoded.append(encoder.encode(row))
+    encoded = [row for row in encoded if len(row.ids) > 8][: config.text_rows]
+    if not encoded:
+        raise InputError("no row of --domain has more than 8 tokens", "perplexity needs longer rows", "give others")
+    return encoded
 
 
 def encode_whole(encoder: Encoder, members: Sequence[Row], config: EvaluationConfig) -> list[Encoded]:

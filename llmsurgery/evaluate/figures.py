@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.stream import StreamedModel, in_memory
-from llmsurgery.data.chat import Encoder
+from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.evaluate.aggregate import aggregate
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.encode import EvaluationData
@@ -91,6 +91,10 @@ def measure(
     scores, answers = score_sets(model, encoder, data, config, progress)
     figures = _measure_bias(model, encoder, data, config, progress) | aggregate(scores, config, retained)
     kept: TextReference | None = None
+    if data.domain:
+        losses = _text_losses(model, encoder, data.domain, config, progress)[1]
+        answers_alone = [loss[-row.labels :] for loss, row in zip(losses, data.domain, strict=True)]
+        figures["domain.ppl"] = ratio_figure(answers_alone, transform=True)
     if data.texts:
         kept = _measure_text(model, encoder, data, config, progress, figures, reference, keep_reference)
     return Measurement(figures, answers, kept, scores, retained)
@@ -124,15 +128,10 @@ def _measure_text(
     keep: bool,
 ) -> TextReference | None:
     texts = data.texts
-    hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
+    hidden, losses = _text_losses(model, encoder, texts, config, progress)
     head = read_head(in_memory(model))
     if data.letters is not None:
         figures["mcq.letter_prob"] = letter_prob_figure(hidden, head, texts, data.letters, encoder)
-    losses = []
-    with torch.inference_mode():
-        for states, text in zip(hidden, texts, strict=True):
-            labels = torch.tensor(text.ids[1:], device=states.device)
-            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
     figures["utility.ppl"] = perplexity = ratio_figure(losses, transform=True)
     if reference is not None:
         ratio = perplexity.number / reference.perplexity
@@ -145,3 +144,21 @@ def _measure_text(
         return None
     # A copy: the head may be one of the weights that the operation changes in place.
     return TextReference([text.ids for text in texts], hidden, head.clone(), perplexity.number)
+
+
+def _text_losses(
+    model: PreTrainedModel | StreamedModel,
+    encoder: Encoder,
+    texts: list[Encoded],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[list[torch.Tensor], list[npt.NDArray[np.float64]]]:
+    """Return the final hidden states of every text, and the negative log-probabilities of its tokens, in nats."""
+    hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
+    head = read_head(in_memory(model))
+    losses = []
+    with torch.inference_mode():
+        for states, text in zip(hidden, texts, strict=True):
+            labels = torch.tensor(text.ids[1:], device=states.device)
+            losses.append(-label_log_probabilities(states, head, labels).double().cpu().numpy())
+    return hidden, losses

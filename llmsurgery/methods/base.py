@@ -60,6 +60,8 @@ class MethodSpec:
         streams: Whether it can run on a model that is read block by block, and plans from headers alone.
         targetless: Whether pairs need no target: the name alone says what is to change.
         models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
+        walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
+        structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
     """
 
     name: str
@@ -84,6 +86,8 @@ class MethodSpec:
     streams: bool = False
     targetless: bool = False
     models: tuple[str, ...] = ()
+    walks: bool = False
+    structured: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""

@@ -12,6 +12,8 @@ from llmsurgery.report.numbers import format_number
 
 _HEADING = "## Surgery record"
 
+# Speeds stand in `surgery.json` alone: a card is the same for two runs of the same operation.
+
 _SECTION = """\
 {{ heading }}
 
@@ -27,7 +29,7 @@ This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `appl
 {% if manifest.metrics -%}
 | metric |{% if aligned %} aligned |{% endif %} before | after | rows | better |
 |---|{% if aligned %}---|{% endif %}---|---|---|---|
-{% for name, metric in manifest.metrics.items() -%}
+{% for name, metric in manifest.metrics.items() if not name.startswith("speed.") -%}
 | {{ name }} |{% if aligned %} {{ number(metric.aligned.value) if "aligned" in metric else "" }} |{% endif %} \
 {{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
 | {{ metric.direction }} |

@@ -142,7 +142,7 @@ def evaluation_config(request: EvaluationRequest) -> EvaluationConfig:
         chosen.setdefault("batch_size", request.batch_size)
     config = settle(resolve_config(EvaluationConfig, chosen))
     if config.figures != "all":
-        raise UsageError("eval has no figures=edit", "it knows of no edit", "drop the setting")
+        raise UsageError(f"eval has no figures={config.figures}", "it loads whole models", "drop the setting")
     return config
 
 

@@ -16,7 +16,7 @@ from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap, warn_of_questions
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.recover import make_recovery, other_models
-from llmsurgery.run.streamed import measure_streamed, operate_streamed
+from llmsurgery.run.streamed import measure_streamed, open_whole, operate_streamed, result_structure
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.halving import Halving
+    from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.evaluate.figures import Measurement, TextReference
     from llmsurgery.evaluate.flips import Expected
     from llmsurgery.evaluate.intervals import Figure
@@ -65,9 +66,11 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     with memory_errors():
         retained = _score_retain_model(prepared, notices, rows)
         recovery = make_recovery(prepared, notices, rows)
-        source = [_load(prepared, prepared.checkpoint.root)]
-        before = _measure(prepared, source[0], notices, rows, keep_reference=True, retained=retained)
+        streamed = open_whole(prepared, prepared.checkpoint.root, prepared.structure)
+        source = [streamed.model if streamed is not None else _load(prepared, prepared.checkpoint.root)]
+        before = _measure(prepared, streamed or source[0], notices, rows, keep_reference=True, retained=retained)
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
+        before = _with_pruning(prepared, streamed or source[0], prepared.checkpoint, before)
         before = _with_recovery(source[0], before, recovery, notices, rows)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
@@ -91,6 +94,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 pairs=prepared.pairs,
                 choices=prepared.given.choices,
                 contrast=prepared.given.contrast,
+                streamed=streamed,
                 beside=prepared.checkpoint.root / BESIDE,
                 history=earlier_operations(prepared.checkpoint.root),
                 models=other_models(prepared),
@@ -125,7 +129,7 @@ def _score_retain_model(prepared: Prepared, notices: Notices, rows: Halving) -> 
 
 def _measure(
     prepared: Prepared,
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     notices: Notices,
     rows: Halving,
     reference: TextReference | None = None,
@@ -192,6 +196,18 @@ def _with_recovery(
 
     found = rows.run(figures)
     return dataclasses.replace(measured, figures={**found, **measured.figures}, recovery=recovery)
+
+
+def _with_pruning(
+    prepared: Prepared, model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint, measured: Measurement
+) -> Measurement:
+    """Add the figures of pruning, if that is what is done."""
+    if prepared.method.spec.task != "prune":
+        return measured
+    from llmsurgery.evaluate.pruning import with_pruning_figures
+
+    structured = prepared.method.spec.structured
+    return with_pruning_figures(measured, checkpoint, model, prepared.measured.texts, structured)
 
 
 def _expected_answers(
@@ -266,8 +282,9 @@ def measure_result(
     if prepared.evaluation.figures == "edit":
         return measure_streamed(prepared, result, before)
     with memory_errors():
-        model = _load(prepared, path, result.export == "bundle")
-        if path == result.path and result.added:
+        streamed = open_whole(prepared, path, result_structure(prepared, result))
+        model = streamed.model if streamed is not None else _load(prepared, path, result.export == "bundle")
+        if streamed is None and path == result.path and result.added:
             from llmsurgery.compute.load import require_taken
 
             buffers = prepared.structure.family.buffers
@@ -280,8 +297,9 @@ def measure_result(
             from llmsurgery.compute.bundle import model_with_processor
 
             model = model_with_processor(model, result.path)
-        if check is not None:
+        if check is not None and streamed is None:
             check(model)
-        after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
+        after = _measure(prepared, streamed or model, notices, rows, before.reference, retained=before.retained)
+        after = _with_pruning(prepared, streamed or model, Checkpoint.open(path), after)
         after = _with_redirection(prepared, model, after, before.redirected, notices, rows)
         return _with_recovery(model, after, before.recovery, notices, rows)

@@ -77,6 +77,10 @@ def require_figures(method: Method, evaluation: EvaluationConfig) -> None:
     Raises:
         UsageError: The method cannot run on a streamed model.
     """
+    if evaluation.figures == "streamed" and not method.spec.walks:
+        raise UsageError(
+            f"{method.spec.name} has no eval.figures=streamed", "it needs the whole model in memory", "drop the setting"
+        )
     if evaluation.figures == "edit" and not method.spec.streams:
         raise UsageError(
             f"{method.spec.name} has no eval.figures=edit",

@@ -78,9 +78,10 @@ def trace_scoring(prepared: Prepared, model: PreTrainedModel) -> Scored:
     rows += [*(data.letters.prompts if data.letters else ()), *(data.stereotypes.encoded if data.stereotypes else ())]
     with pretend(model, prepared.device) as ledger, torch.no_grad(), ledger:
         weights, head = ledger.live, read_head(model)
-        hidden, labels = _forward(model, longest(rows, size), prepared.device)
-        label_statistics(hidden, head, labels)
-        del hidden, labels
+        if rows:
+            hidden, labels = _forward(model, longest(rows, size), prepared.device)
+            label_statistics(hidden, head, labels)
+            del hidden, labels
         if answers := _answers(prepared):
             ids = torch.zeros(answers.rows, answers.tokens, dtype=torch.long, device=prepared.device)
             # The cache of keys and values of whole answers.

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.recovery import Prompts
     from llmsurgery.evaluate.redirection import Probe
 
-DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
-SETS = DATA_NAMES[:-1]
+SETS = ("forget", "retain", "holdout", "authors", "facts")
+DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DEMO_DATA = {"calibration": "retain", "domain": "facts"}
+"""Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
 """Rows that attacks alone score; no figure is measured on them."""
 
@@ -140,6 +142,7 @@ def prepare(request: Request) -> Prepared:
     """
     from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.source import resolve_source
+    from llmsurgery.evaluate.encode import encode_domain
 
     request = dataclasses.replace(request, batch_size=parse_batch_size(request.batch_size))
     method = find_method(request.method, request.task)
@@ -174,6 +177,7 @@ def prepare(request: Request) -> Prepared:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
+    in_domain = hold_back(rows, files, evaluation)
     asked = read_asked(files)
     given, asked_about = split_asked(asked, method, config, request.seed)
     met = available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation) | asked_needs(asked)
@@ -185,8 +189,9 @@ def prepare(request: Request) -> Prepared:
     data = method.prepare(config, encoder, rows)
     if is_debiasing(method):
         cast(Any, method).check_asked(config, encoder, given)
-    figured = rows if evaluation.figures == "all" else {}
+    figured = rows if evaluation.figures != "edit" else {}
     measured = encode_for_figures(encoder, figured, evaluation, config, asked_about)
+    measured.domain.extend(encode_domain(encoder, in_domain, evaluation) if in_domain else [])
     probes = encode_pairs(method, config, encoder, pairs)
     concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
     contexts = [context.encoded for probe in probes for context in (probe.source, probe.target)]
@@ -223,6 +228,9 @@ def available_needs(
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     given |= {"letters"} if "mcq" in files else set()
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
+    if method.spec.task == "prune":
+        timed = method.spec.structured and evaluation.figures == "all"
+        given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
@@ -258,6 +266,21 @@ def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
         name: read_prompts(path) if name in ("harmful", "harmless") else read_rows(path) for name, path in files.items()
     }
     return {name: members if name == "forget" else chosen_rows(members) for name, members in rows.items()}
+
+
+def hold_back(rows: dict[str, list[Row]], files: Mapping[str, Path], evaluation: EvaluationConfig) -> list[Row]:
+    """Take out of the rows that a method reads what figures are measured on; return those of the domain.
+
+    The last fifth of --domain is measured, `text_rows` rows at most. The shipped text serves as --calibration behind
+    the passages of it that are measured.
+    """
+    if files.get("calibration") == files["text"] == GENERAL_TEXT:
+        rows["calibration"] = rows["calibration"][evaluation.text_rows :] or rows["calibration"]
+    domain = rows.get("domain", [])
+    count = min(evaluation.text_rows, len(domain) // 5)
+    if count:
+        rows["domain"] = domain[:-count]
+    return domain[-count:] if count else list(domain)
 
 
 def split_settings(method: Method, request: Request) -> tuple[object, EvaluationConfig, GuardConfig]:
@@ -323,7 +346,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
         kept = () if is_debiasing(method) else ("retain",)
         usual = RECOVERY if method.spec.models else kept
         for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
-            files.setdefault(name, demo_file(method.spec.demo, f"{name}.jsonl"))
+            files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:
             # Two texts in place of the file, also in place of the demo's.
@@ -343,6 +366,8 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
                 f"give --{name} FILE, or no MODEL to see the demo",
             )
     files.setdefault("text", GENERAL_TEXT)
+    if "calibration" in method.spec.uses:
+        files.setdefault("calibration", GENERAL_TEXT)
     return files
 
 
@@ -450,7 +475,7 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
         InputError: Names the id and the number of embeddings.
     """
     embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
-    encoded = [*others, *data.texts, *(row for rows in data.encoded.values() for row in rows)]
+    encoded = [*others, *data.texts, *data.domain, *(row for rows in data.encoded.values() for row in rows)]
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]

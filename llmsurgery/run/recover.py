@@ -51,7 +51,7 @@ def recovery_needs(files: Mapping[str, object], judged: bool) -> set[str]:
     """Return the needs of metrics that the data of a recovery meet."""
     found = {name for name in DATA if name in files}
     if "harmful" in found and found & {"harmless", "task"}:
-        found.add("contrast")
+        found.add("two-sides")
     return found | ({"judge"} if judged else set())
 
 

@@ -1,7 +1,9 @@
-"""`eval.figures=edit`: a run that reads a model block by block, and measures only what the edited blocks show.
+"""Runs that read a model block by block.
 
-Nothing behind the last edited block is read, before or after. What is measured is what the edit did at the ends of the
-names, not what the whole model answers.
+`eval.figures=edit` measures only what the edited blocks show. Nothing behind the last edited block is read, before or
+after. What is measured is what the edit did at the ends of the names, not what the whole model answers.
+
+`eval.figures=streamed` measures everything, and prunes, with one block in memory.
 """
 
 from __future__ import annotations
@@ -35,6 +37,18 @@ def open_streamed(prepared: Prepared, path: Path, structure: Structure) -> Strea
 
     trust = prepared.request.trust_remote_code
     return StreamedModel.open(path, structure, prepared.dtype, prepared.device, trust)
+
+
+def open_whole(prepared: Prepared, path: Path, structure: Structure) -> StreamedModel | None:
+    """Open a model all of whose figures are measured block by block (`eval.figures=streamed`); else None."""
+    return open_streamed(prepared, path, structure) if prepared.evaluation.figures == "streamed" else None
+
+
+def result_structure(prepared: Prepared, result: Written) -> Structure:
+    """Return the roles of a written result that is streamed; of another one those of its source."""
+    if prepared.evaluation.figures != "streamed" or not result.layout.files:
+        return prepared.structure
+    return _checked_structure(prepared, result)
 
 
 def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:

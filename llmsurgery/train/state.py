@@ -57,12 +57,15 @@ class StateStore:
             DamagedError: The file is there but cannot be read.
         """
         path = self._path(stage)
-        if not path.is_file():
-            return None
+        return self._read(path) if path.is_file() else None
+
+    def _read(self, path: Path, whole: bool = True) -> State:
+        """Read a state, or its facts alone."""
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["state"])
-                return State(facts, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                names = file.keys() if whole else ()
+                return State(facts, {name: file.get_tensor(name) for name in names})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             # A state is renamed into place when it is complete, so this is the disk's doing or someone else's.
             raise DamagedError(
@@ -85,6 +88,12 @@ class StateStore:
             temporary.replace(path)
         sync_directory(self.folder)
 
+    def rows(self, stage: int, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return some rows of a tensor in the state of a stage, without reading the others."""
+        with safe_open(self._path(stage), "pt") as file:
+            values: torch.Tensor = file.get_slice(name)[start:stop]
+        return values
+
     def clear(self) -> None:
         """Remove the states of all stages."""
         for path in self.folder.glob("training-*"):
@@ -92,7 +101,8 @@ class StateStore:
 
     def steps(self) -> int:
         """Return the number of steps that the kept states hold, all stages together; 0 without a state."""
-        return sum(int(state.facts["step"]) for stage in range(64) if (state := self.load(stage)) is not None)
+        states = [self._read(path, whole=False) for path in self.folder.glob("training-*.safetensors")]
+        return sum(int(state.facts["step"]) for state in states)
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
