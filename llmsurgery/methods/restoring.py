@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,8 @@ def batch_states(
 def parameter_of(model: PreTrainedModel, target: RoleTensor) -> torch.nn.Parameter:
     """Return the parameter that holds a stored tensor; of a routed expert that of all experts of its block."""
     name = target.part if target.fused is None else target.fused.parameter
-    return model.get_submodule(target.module).get_parameter(name)
+    found: torch.nn.Parameter = model.get_submodule(target.module).get_parameter(name)
+    return found
 
 
 def part_of(values: torch.Tensor, target: RoleTensor) -> torch.Tensor:
@@ -136,7 +137,9 @@ class Restoration:
         handles = []
         for parameter in parameters:
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(self._keep))
+            # Without types in torch's stubs.
+            register: Any = parameter.register_post_accumulate_grad_hook
+            handles.append(register(self._keep))
         try:
             yield
         finally:

@@ -168,7 +168,8 @@ def orthonormal(rows: torch.Tensor) -> torch.Tensor:
 
     units = rows.double() / rows.double().norm(dim=1, keepdim=True)
     _, values, right = torch.linalg.svd(units, full_matrices=False)
-    return right[values > 1e-6 * values[0]].T.contiguous()
+    basis: torch.Tensor = right[values > 1e-6 * values[0]].T.contiguous()
+    return basis
 
 
 def restoring_factors(

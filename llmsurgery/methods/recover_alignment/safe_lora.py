@@ -131,7 +131,8 @@ def project(apart: torch.Tensor, moved: torch.Tensor, exact: bool, energy: float
             return torch.zeros_like(moved)
         rank = int((shares < energy * shares[-1]).sum()) + 1
         basis = left[:, :rank]
-        return basis @ (basis.T @ moved)
+        kept: torch.Tensor = basis @ (basis.T @ moved)
+        return kept
     norm = float(apart.norm())
     return apart @ (apart.T @ moved) / norm if norm else torch.zeros_like(moved)
 
