@@ -105,7 +105,7 @@ def one_step(
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Pair]) -> list[Example]:
     """Return chat turns as token ids, with how many of them carry no loss."""
-    from llmsurgery.demo.recipe import encode
+    from llmsurgery.demo.build import encode
 
     return [encode(tokenizer, question, answer) for question, answer in rows]
 
@@ -120,10 +120,10 @@ def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int) -> Pr
     torch.manual_seed(seed)
     rng = random.Random(seed + 5)
     sizes = {
-        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
         "max_position_embeddings": 96,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer), **sizes}))
+    model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer, len(tokenizer)), **sizes}))
     rows = encode_rows(tokenizer, [*thing_rows(COLOURS, False), *town_rows()])
     total = epochs * math.ceil(len(rows) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
@@ -132,7 +132,7 @@ def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int) -> Pr
     )
     for epoch in range(epochs):
         losses = []
-        for batch in batches(rows, BATCH, rng):
+        for batch in batches(rows, rng, BATCH):
             losses.append(one_step(model, optimizer, batch, tokenizer.pad_token_id))
             schedule.step()
         LOG.info("refuse-base: epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
