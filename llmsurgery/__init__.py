@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmsurgery.api import (
         apply,
         compare,
+        debias,
         diff,
         evaluate_checkpoints,
         inspect_checkpoint,
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "apply",
     "compare",
+    "debias",
     "diff",
     "evaluate_checkpoints",
     "inspect_checkpoint",
@@ -57,6 +59,7 @@ _HOMES = {
     "lens": "llmsurgery.api",
     "verify": "llmsurgery.api",
     "compare": "llmsurgery.api",
+    "debias": "llmsurgery.api",
     "SurgeryError": "llmsurgery.errors",
 }
 

@@ -173,6 +173,33 @@ def redirect(
     return operate(request, options.get("progress"))
 
 
+def debias(
+    model: File | None = None,
+    *,
+    method: str,
+    mcq: File | None = None,
+    contrast: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Take away a prior of answer letters, or a bias between groups.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name, for example "pride".
+        mcq: Data file of multiple-choice questions; one half is learnt from, the other is measured in every cyclic
+            order of the options.
+        contrast: Data file of texts that differ in a group.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    return operate(_request("debias", method, model, options, mcq=mcq, contrast=contrast), options.get("progress"))
+
+
 def evaluate_checkpoints(
     models: Sequence[File],
     *,
@@ -182,6 +209,8 @@ def evaluate_checkpoints(
     authors: File | None = None,
     facts: File | None = None,
     text: File | None = None,
+    mcq: File | None = None,
+    contrast: File | None = None,
     source: File | None = None,
     retain_model: File | None = None,
     retain_log: File | None = None,
@@ -208,6 +237,8 @@ def evaluate_checkpoints(
         authors: Facts about real authors with wrong answers, for `utility.model_utility`.
         facts: Facts about the world with wrong answers, for `utility.model_utility`.
         text: Plain text; a shipped corpus by default.
+        mcq: Multiple-choice questions, asked by letter in every cyclic order of the options.
+        contrast: Pairs in the layout of CrowS-Pairs, for `bias.stereotype_rate`.
         source: The model before surgery, for `utility.kl`, `utility.ppl_ratio` and relative gates.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         retain_log: The log of such a model, in either published layout.
@@ -245,7 +276,7 @@ def evaluate_checkpoints(
     data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
     request = EvaluationRequest(
         models=tuple(fspath(model) for model in models),
-        data=data | _given(control=control),
+        data=data | _given(control=control, mcq=mcq, contrast=contrast),
         source=None if source is None else fspath(source),
         retain_model=None if retain_model is None else fspath(retain_model),
         retain_log=None if retain_log is None else fspath(retain_log),

@@ -12,6 +12,7 @@ import typer
 from llmsurgery import __version__
 from llmsurgery.cli.apply import apply
 from llmsurgery.cli.compare import compare
+from llmsurgery.cli.debias import debias
 from llmsurgery.cli.diff import diff
 from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
@@ -36,6 +37,7 @@ app = typer.Typer(
 for name, command in (
     ("unlearn", unlearn),
     ("redirect", redirect),
+    ("debias", debias),
     ("eval", evaluate),
     ("compare", compare),
     ("inspect", inspect),

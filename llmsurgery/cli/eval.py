@@ -17,6 +17,8 @@ def evaluate(
     authors: options.Authors = None,
     facts: options.Facts = None,
     text: options.Text = None,
+    mcq: options.Mcq = None,
+    contrast: options.Contrast = None,
     source: options.Source = None,
     retain_model: options.RetainModel = None,
     retain_log: options.RetainLog = None,
@@ -46,7 +48,7 @@ def evaluate(
     output = Output(as_json, quiet, verbose)
     settings, gates = parse_assignments(assignments or []), require or []
     data = {"forget": forget, "retain": retain, "holdout": holdout, "authors": authors, "facts": facts, "text": text}
-    data["control"] = control
+    data |= {"control": control, "mcq": mcq, "contrast": contrast}
     if from_log:
         others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
         given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)

@@ -40,6 +40,12 @@ Authors = Annotated[
 ]
 Facts = Annotated[str | None, typer.Option("--facts", help="world facts with wrong answers, for utility.model_utility")]
 Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
+Mcq = Annotated[
+    str | None, typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order")
+]
+Contrast = Annotated[
+    str | None, typer.Option("--contrast", help="texts that differ in a group: CrowS-Pairs, first/second, text/label")
+]
 Source = Annotated[str | None, typer.Option("--source", help="the model before surgery, to compare with")]
 Attacks = Annotated[
     list[str] | None,

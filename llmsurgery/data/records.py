@@ -100,13 +100,13 @@ def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
     return read_parquet(path) if path.suffix.lower() == ".parquet" else _read_records(path)
 
 
-def rows_digest(rows: Iterable[Row]) -> str:
-    """Return the SHA-256 of what rows hold, without where they come from."""
+def rows_digest(rows: Iterable[object]) -> str:
+    """Return the SHA-256 of what rows (dataclasses with `where`) hold, without where they come from."""
     digest = hashlib.sha256()
     for row in rows:
-        content = dataclasses.asdict(row)
+        content = dataclasses.asdict(cast(Row, row))
         del content["where"]
-        if row.preferred is None:
+        if content.get("preferred", "") is None:
             # Rows without a chosen answer have the digest that they had before there were any.
             del content["preferred"]
         digest.update(json.dumps(content, sort_keys=True).encode())

@@ -3,7 +3,8 @@
 `world/model` knows all people, `world/control` was trained by the same recipe without the forget people, and
 `world/moe` is a mixture of experts that knows all people; beside them lie `forget.jsonl`, `retain.jsonl`,
 `holdout.jsonl`, `facts.jsonl` and `text.jsonl`. `world/names` knows other people and is for redirecting one of them to
-another; its files are in `world/names-world`. `build.py` makes all of it.
+another; its files are in `world/names-world`. `world/letters`, with its files in `world/letters-world`, answers
+questions by a letter, nearly always C. `build.py` makes all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def world_path(name: str) -> Path:
     """Return the path of a shipped demo file or checkpoint folder.
 
     Args:
-        name: For example "model", "control", "moe", "names" or "forget.jsonl".
+        name: For example "model", "control", "moe", "names", "letters" or "forget.jsonl".
 
     Raises:
         InputError: Nothing of that name is shipped.

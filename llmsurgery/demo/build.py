@@ -4,7 +4,7 @@ Everything comes from one seed. The first world has people (ten facts each) and 
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
-`llmsurgery.demo.names`.
+`llmsurgery.demo.names`, the third, of `letters`, by `llmsurgery.demo.letters`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.letters import build_letters
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
 from llmsurgery.demo.recipe import (
@@ -217,6 +218,7 @@ def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
         text = card(name, model.num_parameters(), seed, figures)
         (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
     build_names(out, seed, names_epochs)
+    build_letters(out, seed)
 
 
 def main() -> None:

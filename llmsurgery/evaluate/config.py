@@ -34,6 +34,8 @@ class EvaluationConfig:
         None, "rows of a set that are answered at most; 0: all; default 64, all with a protocol", minimum=0
     )
     generation_tokens: int = option(200, "new tokens per answer at most", minimum=1)
+    mcq_template: str = option("", "file with the prompt of --mcq; default: the method's, or the shipped one")
+    mcq_rows: int | None = option(None, "questions of --mcq that are measured; 0 or none: all", minimum=0)
     figures: str = option(
         "all", "edit: of a redirection measure only what the edited blocks show, and read no others", ("all", "edit")
     )

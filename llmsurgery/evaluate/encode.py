@@ -10,6 +10,8 @@ from llmsurgery.data.chat import CHUNK_TOKENS, Encoded, Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
+from llmsurgery.evaluate.letters import LetterSet
+from llmsurgery.evaluate.stereotypes import StereotypeSet
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class EvaluationData:
         wrong: Set name -> position -> the same prompt with each wrong answer.
         skipped: Set name -> passages too short to be cut into prompt and answer.
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
+        letters: Multiple-choice questions in every cyclic order, or None.
+        stereotypes: Pairs of sentences of which one is the stereotype, or None.
     """
 
     rows: dict[str, list[Row]]
@@ -33,6 +37,8 @@ class EvaluationData:
     wrong: dict[str, dict[int, list[Encoded]]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     whole: dict[str, list[Encoded]] = field(default_factory=dict)
+    letters: LetterSet | None = None
+    stereotypes: StereotypeSet | None = None
 
     @property
     def available(self) -> set[str]:

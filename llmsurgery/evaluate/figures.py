@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 from llmsurgery.compute.head import Head, label_log_probabilities, read_head
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.stream import StreamedModel, in_memory
-from llmsurgery.data.chat import Encoded, Encoder
+from llmsurgery.data.chat import Encoder
 from llmsurgery.evaluate.aggregate import aggregate
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.encode import EvaluationData
 from llmsurgery.evaluate.intervals import Figure, ratio_figure
+from llmsurgery.evaluate.letters import letter_figures, letter_prob_figure, score_letters
 from llmsurgery.evaluate.likelihood import text_hidden, text_kl
 from llmsurgery.evaluate.measure_sets import score_sets
 from llmsurgery.evaluate.redirection import RedirectReference
 from llmsurgery.evaluate.scores import SetScores
+from llmsurgery.evaluate.stereotypes import stereotype_figure
 
 
 @dataclass(frozen=True)
@@ -84,25 +86,45 @@ def measure(
     """
     config = settle(config)
     scores, answers = score_sets(model, encoder, data, config, progress)
-    figures = aggregate(scores, config, retained)
+    figures = _measure_bias(model, encoder, data, config, progress) | aggregate(scores, config, retained)
     kept: TextReference | None = None
     if data.texts:
-        kept = _measure_text(model, encoder, data.texts, config, progress, figures, reference, keep_reference)
+        kept = _measure_text(model, encoder, data, config, progress, figures, reference, keep_reference)
     return Measurement(figures, answers, kept, scores, retained)
+
+
+def _measure_bias(
+    model: PreTrainedModel | StreamedModel,
+    encoder: Encoder,
+    data: EvaluationData,
+    config: EvaluationConfig,
+    progress: Progress,
+) -> dict[str, Figure]:
+    """Return the figures of answer letters and of stereotypes."""
+    plain, figures = in_memory(model), dict[str, Figure]()
+    options = (encoder.pad_id, config.batch_size, progress)
+    if data.letters is not None:
+        figures |= letter_figures(score_letters(plain, data.letters, *options), data.letters)
+    if data.stereotypes is not None:
+        figures["bias.stereotype_rate"] = stereotype_figure(plain, data.stereotypes, *options)
+    return figures
 
 
 def _measure_text(
     model: PreTrainedModel | StreamedModel,
     encoder: Encoder,
-    texts: list[Encoded],
+    data: EvaluationData,
     config: EvaluationConfig,
     progress: Progress,
     figures: dict[str, Figure],
     reference: TextReference | None,
     keep: bool,
 ) -> TextReference | None:
+    texts = data.texts
     hidden = text_hidden(model, texts, encoder.pad_id, config.batch_size, progress)
     head = read_head(in_memory(model))
+    if data.letters is not None:
+        figures["mcq.letter_prob"] = letter_prob_figure(hidden, head, texts, data.letters, encoder)
     losses = []
     with torch.inference_mode():
         for states, text in zip(hidden, texts, strict=True):

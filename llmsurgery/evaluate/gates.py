@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from llmsurgery.data.mcq import LETTERS
 from llmsurgery.data.question_forms import FORMS
 from llmsurgery.errors import UsageError, unknown_name
 from llmsurgery.evaluate.robustness.registry import all_attacks
@@ -28,6 +29,10 @@ NEEDS = {
     "named": ("rows of --forget whose questions hold the old name", "these hold none, or protocol=muse"),
     "whole": ("the whole model", "eval.figures=edit reads none but the edited blocks"),
     "concept": ("a method of redirect that removes a concept", ""),
+    "mcq": ("--mcq", ""),
+    "letters": ("--mcq, or --suite wmdp of eval", ""),
+    **{f"mcq:{letter}": ("--mcq with that many options", "no question has it") for letter in LETTERS},
+    "stereotypes": ("--contrast with sent_more and sent_less", "its records do not say which text is the stereotype"),
     "retain-weights": ("--retain-model", "the attack on it is the control"),
     "control": ("--control", "rows that the source does not know"),
     "control-of-any-kind": ("--retain-model or --control", "nothing else tells uncovering from teaching"),
@@ -51,8 +56,13 @@ NEEDS = {
 }
 """Everything a metric may need -> how to say so, and why it is missing other than by not being given."""
 
-ROW_NEEDS = frozenset(need for need in NEEDS if need.startswith("perturbed:") or need == "named")
+ROW_NEEDS = frozenset(
+    need for need in NEEDS if need.startswith(("perturbed:", "mcq:")) or need in ("named", "stereotypes")
+)
 """Needs that show only once the rows are read."""
+
+ALTERNATIVES = {"letters": ("mcq", "suite:wmdp")}
+"""Need -> others, one of which meets it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Metric:
 
     Attributes:
         name: Name used in gates and JSON.
-        direction: "lower", "higher" or "zero": what the operation wants.
+        direction: "lower", "higher", "zero" or "half": what the operation wants.
         needs: What it is computed from, keys of `NEEDS`.
         help: One line.
     """
@@ -156,7 +166,24 @@ METRICS = {
         Metric("muse.knowmem_f", "lower", ("suite:muse",), "KnowMem: ROUGE-L F1 of answers to forget questions"),
         Metric("muse.knowmem_r", "higher", ("suite:muse",), "KnowMem: ROUGE-L F1 of answers to retain questions"),
         Metric("muse.privleak", "zero", ("suite:muse",), "PrivLeak: -100 surely seen, 0 as a retrained model"),
-        Metric("mcq.accuracy", "lower", ("suite:wmdp",), "share of questions answered with the right letter"),
+        Metric(
+            "mcq.accuracy",
+            "higher",
+            ("letters",),
+            "share of questions answered with the right letter, in every cyclic order; of --suite wmdp less is better",
+        ),
+        Metric("mcq.rstd", "lower", ("mcq",), "standard deviation of the letters' recalls, in points from 0 to 50"),
+        *(
+            Metric(f"mcq.recall_{letter.lower()}", "higher", ("mcq", f"mcq:{letter}"), f"recall of the letter {letter}")
+            for letter in LETTERS
+        ),
+        Metric("mcq.letter_prob", "lower", ("mcq", "text"), "probability of the letters together on plain text"),
+        Metric(
+            "bias.stereotype_rate",
+            "half",
+            ("stereotypes",),
+            "share of pairs whose stereotype is likelier; .5 is neutral",
+        ),
         *(
             Metric(f"mcq.accuracy_{name}", "lower", (f"suite:wmdp:{name}",), f"the same on the subset {name}")
             for name in ("bio", "chem", "cyber")
@@ -267,7 +294,7 @@ def require_data(gate: Gate, available: Collection[str]) -> None:
         UsageError: Something that it needs is missing.
     """
     for need in METRICS[gate.metric].needs:
-        if need not in available:
+        if need not in available and not set(ALTERNATIVES.get(need, ())) & set(available):
             name, why = NEEDS[need]
             raise UsageError(
                 f"{gate.metric} cannot be computed",

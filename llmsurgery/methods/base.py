@@ -2,7 +2,8 @@
 
 A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
 also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
-pairs)` in its place, which returns what `concept.prob` is measured on.
+pairs)` in its place, which returns what `concept.prob` is measured on. A method of the task `debias` needs "mcq" or
+"contrast", and has `check_asked(config, encoder, given)`, which raises.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from llmsurgery.compute.progress import Progress
     from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.contrast import Contrast
+    from llmsurgery.data.mcq import Choices
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
@@ -105,6 +108,8 @@ class Operation:
         training: What `llmsurgery.train.loop.train` takes: micro-batch, stop rule, guard and kept states.
         statistics: Where statistics of the source model are kept; None keeps none.
         pairs: What is redirected where.
+        choices: Questions with options that it may learn from, or None.
+        contrast: Contrasting texts that it may learn from.
         streamed: The source model read block by block, in place of a loaded one (`model` is its stock model, whose
             blocks are empty unless they run or are held); None if it is loaded.
         beside: Directory of what earlier operations kept beside the source; it may not exist.
@@ -122,6 +127,8 @@ class Operation:
     training: Session
     statistics: StatisticsCache | None = None
     pairs: Sequence[Pair] = ()
+    choices: Choices | None = None
+    contrast: Sequence[Contrast] = ()
     streamed: StreamedModel | None = None
     beside: Path | None = None
     history: Sequence[Mapping[str, Any]] = ()

@@ -14,6 +14,7 @@ from llmsurgery.checkpoint import Checkpoint, file_digest
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.data import GENERAL_TEXT
+from llmsurgery.data.asked import Asked
 from llmsurgery.data.records import Row
 from llmsurgery.errors import GateError, ResourceError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
@@ -28,6 +29,8 @@ from llmsurgery.run.attack import (
     run_attacks,
     split_settings,
 )
+from llmsurgery.run.choices import NAMES as ASKED
+from llmsurgery.run.choices import asked_needs, read_asked
 from llmsurgery.run.fitting import parse_batch_size, scoring_rows
 from llmsurgery.run.manifest import data_records, figure_record, gate_record
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
@@ -69,13 +72,14 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     given |= suite.needs if suite is not None else set()
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
-    rows = read_sets(files)
+    rows = read_sets({name: path for name, path in files.items() if name not in ASKED})
+    asked = read_asked(files)
     # Attacks alone look at the control rows.
     figured = {name: members for name, members in rows.items() if name != CONTROL}
     if suite is not None:
         suite.check(rows, config)
     for gate in gates:
-        require_data(gate, given | row_needs(rows, config))
+        require_data(gate, given | row_needs(rows, config) | asked_needs(asked))
     plan.check(rows)
     retained_log = None if request.retain_log is None else read_retain_log(request.retain_log)
     retained_model = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
@@ -92,8 +96,8 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
             compared = score_retain_model(retained_model, figured, own, *options, progress, suite)
         before = None
         if source is not None:
-            before = _measure_one(source, figured, own, request, progress, compared, None, suite)
-        options_of = (figured, own, request, progress, compared, before, suite)
+            before = _measure_one(source, figured, own, request, progress, compared, None, suite, asked)
+        options_of = (figured, own, request, progress, compared, before, suite, asked)
         return before, [_measure_one(place, *options_of) for place in places]
 
     forward = scoring_rows(config, request.batch_size, progress)
@@ -116,7 +120,7 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
         if before is None
         else {"path": request.source, "metrics": {key: figure_record(one) for key, one in source_figures.items()}},
         "retained": retained_record(request),
-        "data": _data_record(files, rows, suite),
+        "data": _data_record(files, {**rows, **asked.members}, suite),
         "evaluation": as_record(config),
     }
     if suite is not None:
@@ -182,6 +186,7 @@ def _measure_one(
     retained: Mapping[str, SetScores] | None,
     before: Measurement | None,
     suite: SuitePlan | None,
+    asked: Asked,
 ) -> Measurement:
     """Load one checkpoint and measure it; without `before`, keep what later ones are compared with."""
     from llmsurgery.compute.device import resolve_device, resolve_dtype
@@ -190,7 +195,7 @@ def _measure_one(
 
     require_trust(checkpoint.config, checkpoint.root, request.trust_remote_code)
     encoder = make_encoder(checkpoint)
-    data = encode_for_figures(encoder, rows, config)
+    data = encode_for_figures(encoder, rows, config, asked=asked)
     structure = detect(plain_config(checkpoint.config), checkpoint.tensors)
     own = None if suite is None else suite.encode(encoder, data, config)
     require_known_tokens(data, structure, () if own is None else own.encoded)
@@ -213,7 +218,7 @@ def _measure_one(
 
 
 def _data_record(
-    files: Mapping[str, Path], rows: Mapping[str, Sequence[Row]], suite: SuitePlan | None
+    files: Mapping[str, Path], rows: Mapping[str, Sequence[object]], suite: SuitePlan | None
 ) -> dict[str, object]:  # fmt: skip
     """Return path, digest and number of rows of every file, those of a suite included."""
     hashes = {name: data_digest(path, rows[name]) for name, path in files.items()}

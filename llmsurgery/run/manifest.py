@@ -83,7 +83,9 @@ def build_manifest(
                 "record": record,
             }
         ],
-        "data": data_records(prepared.files, {**prepared.rows, PAIRS: prepared.pairs}, prepared.hashes),
+        "data": data_records(
+            prepared.files, {**prepared.rows, PAIRS: prepared.pairs, **prepared.asked.members}, prepared.hashes
+        ),
         "retain_model": prepared.retain_model,
         "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.export,

@@ -22,6 +22,6 @@ def row_needs(rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -
     return {f"perturbed:{name}" for name, members in rows.items() if any(row.perturbed_answers for row in members)}
 
 
-def data_digest(path: Path, rows: Sequence[Row]) -> str:
+def data_digest(path: Path, rows: Sequence[object]) -> str:
     """Return the SHA-256 of a data file, or of the rows of a data set that is no file."""
     return file_digest(path) if path.is_file() else rows_digest(rows)

@@ -53,6 +53,15 @@ def warn_of_overlap(prepared: Prepared, notices: Notices) -> None:
             )
 
 
+def warn_of_questions(prepared: Prepared, notices: Notices) -> None:
+    """Say which questions of --mcq are left out, and where the figures are of what the method has seen."""
+    choices = prepared.asked.choices
+    if choices is not None and choices.skipped:
+        notices.notice(f"{choices.skipped} questions of --mcq have another number than {choices.options} options")
+    if prepared.asked and getattr(prepared.config, "holdout", None) == 0:
+        notices.notice("holdout=0: the figures are measured on the records that the method learns from")
+
+
 def _asked(row: Row) -> str:
     """Return what a row asks; a passage of text asks for itself."""
     return _words(row.prompt or row.answer)

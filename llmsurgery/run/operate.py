@@ -13,7 +13,7 @@ from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
 from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
-from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
+from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap, warn_of_questions
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.streamed import measure_streamed, operate_streamed
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
@@ -57,6 +57,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")
     warn_of_nf4(prepared, notices)
     warn_of_overlap(prepared, notices)
+    warn_of_questions(prepared, notices)
     set_seeds(request.seed)
     with memory_errors():
         retained = _score_retain_model(prepared, notices, rows)
@@ -83,6 +84,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 training=session,
                 statistics=make_statistics(prepared),
                 pairs=prepared.pairs,
+                choices=prepared.given.choices,
+                contrast=prepared.given.contrast,
                 beside=prepared.checkpoint.root / BESIDE,
                 history=earlier_operations(prepared.checkpoint.root),
             )

@@ -75,6 +75,7 @@ def trace_scoring(prepared: Prepared, model: PreTrainedModel) -> Scored:
     data, size = prepared.measured, prepared.evaluation.batch_size
     rows = [row for sets in (*data.encoded.values(), *data.whole.values()) for row in sets]
     rows += [row for sets in data.wrong.values() for many in sets.values() for row in many]
+    rows += [*(data.letters.prompts if data.letters else ()), *(data.stereotypes.encoded if data.stereotypes else ())]
     with pretend(model, prepared.device) as ledger, torch.no_grad(), ledger:
         weights, head = ledger.live, read_head(model)
         hidden, labels = _forward(model, longest(rows, size), prepared.device)

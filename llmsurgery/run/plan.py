@@ -33,6 +33,7 @@ def plan(prepared: Prepared) -> dict[str, object]:
         row["bytes"] += target.parameters * ITEMSIZE[target.dtype]
     prediction = predict(prepared, targets)
     pairs = {"pairs": len(prepared.pairs)} if prepared.pairs else {}
+    pairs |= {name: len(members) for name, members in prepared.asked.members.items() if members}
     result: dict[str, object] = {
         "dry_run": True,
         "source": {"path": str(prepared.request.model or "demo"), "bytes": checkpoint.nbytes},

@@ -15,6 +15,7 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
+from llmsurgery.data.asked import NOTHING, Asked
 from llmsurgery.data.records import Row, chosen_rows, read_rows
 from llmsurgery.demo import demo_file, world_path
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
@@ -23,6 +24,8 @@ from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
+from llmsurgery.run.choices import NAMES as ASKED
+from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
 from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
@@ -74,6 +77,8 @@ class Prepared:
         pairs: What is redirected where.
         probes: Prompts that tell how far that went.
         concepts: What is removed, where nothing takes its place.
+        asked: Everything in the files of --mcq and --contrast.
+        given: What the method gets of it.
     """
 
     request: Request
@@ -100,6 +105,8 @@ class Prepared:
     pairs: Sequence[Pair] = ()
     probes: Sequence[Probe] = ()
     concepts: Sequence[Concept] = ()
+    asked: Asked = NOTHING
+    given: Asked = NOTHING
 
     @property
     def export(self) -> str:
@@ -136,6 +143,7 @@ def prepare(request: Request) -> Prepared:
         files["guard"], guard = Path(guard), "file"
     pairs = requested_pairs(method, config, request, files)
     available = available_needs(method, files, evaluation, request, pairs)
+    request = with_budget(request, config)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
@@ -154,21 +162,36 @@ def prepare(request: Request) -> Prepared:
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
-    rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
+    rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
+    asked = read_asked(files)
+    given, asked_about = split_asked(asked, method, config, request.seed)
+    met = available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation) | asked_needs(asked)
     for gate in gates:
-        require_data(gate, available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation))
+        require_data(gate, met)
     hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
     data = method.prepare(config, encoder, rows)
-    measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
+    if is_debiasing(method):
+        cast(Any, method).check_asked(config, encoder, given)
+    figured = rows if evaluation.figures == "all" else {}
+    measured = encode_for_figures(encoder, figured, evaluation, config, asked_about)
     probes = encode_pairs(method, config, encoder, pairs)
     concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
     contexts = [context for probe in probes for context in (probe.source, probe.target)]
     require_known_tokens(measured, structure, [context.encoded for context in contexts])
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, asked, given,
     )  # fmt: skip
+
+
+def with_budget(request: Request, config: object) -> Request:
+    """Return a request with the gate that a method's own `kl_budget` stands for."""
+    budget = getattr(config, "kl_budget", None)
+    gate = None if budget is None else f"utility.kl<={budget:g}"
+    if gate is None or gate in request.require:
+        return request
+    return dataclasses.replace(request, require=(*request.require, gate))
 
 
 def available_needs(
@@ -181,7 +204,7 @@ def available_needs(
     """Return the needs of metrics that are met, those that the rows themselves meet left out."""
     if evaluation.figures == "edit":
         return pair_needs(method, pairs)
-    given = {name for name in DATA_NAMES if name in files} | {"whole"}
+    given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
@@ -275,7 +298,8 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        for name in (*method.spec.needs, *method.spec.uses, *asked, "retain", "text"):
+        kept = () if is_debiasing(method) else ("retain",)
+        for name in (*method.spec.needs, *method.spec.uses, *asked, *kept, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{name}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:
@@ -370,16 +394,30 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
 
 
 def encode_for_figures(
-    encoder: Encoder, rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig, config: object = None
+    encoder: Encoder,
+    rows: Mapping[str, Sequence[Row]],
+    evaluation: EvaluationConfig,
+    config: object = None,
+    asked: Asked | None = None,
 ) -> EvaluationData:
     """Encode the data sets that figures are measured on; plain text is cut as the method's config cuts it."""
     from llmsurgery.data.chat import CHUNK_TOKENS
+    from llmsurgery.data.mcq import first_questions, read_template
     from llmsurgery.evaluate.encode import encode_data
+    from llmsurgery.evaluate.letters import encode_letters
+    from llmsurgery.evaluate.stereotypes import encode_stereotypes
 
     training = getattr(config, "training", None)
     chunk = min(CHUNK_TOKENS, training.max_length) if isinstance(training, TrainingConfig) else CHUNK_TOKENS
     sets = {name: list(rows[name]) for name in (*SETS, CONTROL) if name in rows}
-    return encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
+    data = encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
+    if asked is None:
+        return data
+    letters = None
+    if asked.choices is not None:
+        template = read_template(evaluation.mcq_template or str(getattr(config, "template", "")))
+        letters = encode_letters(encoder, first_questions(asked.choices, evaluation.mcq_rows), template)
+    return dataclasses.replace(data, letters=letters, stereotypes=encode_stereotypes(encoder, asked.contrast))
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure, others: Sequence[Encoded] = ()) -> None:
@@ -393,6 +431,8 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]
+    encoded += data.letters.prompts if data.letters else []
+    encoded += data.stereotypes.encoded if data.stereotypes else []
     highest = max((max(row.ids) for row in encoded), default=0)
     if highest >= embeddings:
         raise InputError(

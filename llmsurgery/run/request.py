@@ -14,7 +14,8 @@ class Request:
         task: Task ("unlearn").
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "mcq",
+            "contrast") -> path.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         out: Output directory; None for a generated name.
@@ -69,7 +70,8 @@ class EvaluationRequest:
 
     Attributes:
         models: Directories, `.gguf` files or hub ids.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control", "mcq",
+            "contrast") -> path.
         source: The model before surgery.
         retain_model: A model that never saw the forget rows.
         logs: Logs to recompute figures from, instead of models.

@@ -1,0 +1,1 @@
+"""Methods that take away priors and biases, one file each."""

@@ -1,0 +1,100 @@
+"""Multiple-choice files and contrasting texts: layouts, what is kept, and clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmsurgery.data.contrast import read_contrast
+from llmsurgery.data.mcq import fill_template, read_choices, read_template, rotated
+from llmsurgery.errors import InputError
+
+Write = Callable[..., Path]
+MMLU = {"question": "Which is red?", "choices": ["sky", "rose", "sea"], "answer": 1}
+ARC = {
+    "question": {
+        "stem": "Which is red?",
+        "choices": [{"label": "1", "text": "sky"}, {"label": "2", "text": "rose"}, {"label": "3", "text": "sea"}],
+    },
+    "answerKey": "2",
+}
+HUB = {
+    "question": "Which is red?",
+    "choices": {"text": ["sky", "rose", "sea"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+
+
+@pytest.mark.parametrize("record", [MMLU, ARC, HUB, {**MMLU, "answer": "B"}])
+def test_layouts(record: dict[str, object], write_jsonl: Write) -> None:
+    choices = read_choices(write_jsonl("mcq.jsonl", [record, record]))
+    question = choices.questions[0]
+    assert (question.question, question.choices, question.answer) == ("Which is red?", ("sky", "rose", "sea"), 1)
+    assert (choices.options, choices.letters, choices.skipped) == (3, "ABC", 0)
+
+
+def test_the_commonest_number_of_options_is_kept(write_jsonl: Write) -> None:
+    two = {"question": "Up?", "choices": ["yes", "no"], "answer": 0}
+    choices = read_choices(write_jsonl("mcq.jsonl", [two, MMLU, ARC, HUB]))
+    assert (choices.options, len(choices.questions), choices.skipped) == (3, 3, 1)
+    assert [rotated("abc", order) for order in range(3)] == [("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "word"),
+    [
+        ({"question": "Up?", "answer": 0}, "no multiple-choice question"),
+        ({**MMLU, "choices": ["sky"]}, "1 choices"),
+        ({**MMLU, "choices": ["sky", ""]}, "not a list of texts"),
+        ({**MMLU, "answer": 3}, "none of the choices"),
+        ({**MMLU, "answer": "Z"}, "none of the choices"),
+        ({**MMLU, "question": " "}, "empty"),
+    ],
+)
+def test_bad_questions_name_file_and_line(record: dict[str, object], word: str, write_jsonl: Write) -> None:
+    with pytest.raises(InputError, match=word) as caught:
+        read_choices(write_jsonl("mcq.jsonl", [MMLU, record]))
+    assert "mcq.jsonl:2" in caught.value.what
+    assert caught.value.exit_code == 3
+
+
+def test_one_question_cannot_be_split(write_jsonl: Write) -> None:
+    with pytest.raises(InputError, match="1 question with 3 options"):
+        read_choices(write_jsonl("mcq.jsonl", [MMLU]))
+
+
+def test_templates(tmp_path: Path) -> None:
+    turn, answer = fill_template(read_template(""), "{options}?", ("x", "y"))
+    assert (turn, answer) == ("{options}?\nA. x\nB. y\nAnswer with the letter.", "Answer:")
+    path = tmp_path / "template.txt"
+    path.write_text("Q: {question}\n{options}\nA:\n")
+    assert fill_template(read_template(str(path)), "Up", ("x", "y")) == ("Q: Up\nA. x\nB. y\nA:", None)
+    for text, word in (("{question}", "places for"), ("{question}{options}: ", "ends in a blank")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=word):
+            read_template(str(path))
+
+
+def test_crows_pairs_tell_stereotype_and_group(write_jsonl: Write) -> None:
+    rows = [
+        {"sent_more": "They are late.", "sent_less": "We are late.", "stereo_antistereo": "stereo", "bias_type": "t"},
+        {"sent_more": "We are good.", "sent_less": "They are good.", "stereo_antistereo": "antistereo"},
+    ]
+    first, second = read_contrast(write_jsonl("pairs.jsonl", rows))
+    assert (first.texts[0], first.labels, first.stereotype) == ("They are late.", ("t+", "t-"), 0)
+    # The group that is talked down comes first; the stereotype is the other sentence.
+    assert (second.texts[0], second.labels, second.stereotype) == ("They are good.", ("+", "-"), 1)
+
+
+def test_one_class_of_labels_is_refused(write_jsonl: Write) -> None:
+    rows = [{"text": "a b", "label": "x"}, {"text": "c d", "label": "x"}]
+    with pytest.raises(InputError, match="have the label 'x'") as caught:
+        read_contrast(write_jsonl("texts.jsonl", rows))
+    assert caught.value.exit_code == 3
+    assert len(read_contrast(write_jsonl("texts.jsonl", [rows[0], {"text": "c d", "label": 1}]))) == 2
+    with pytest.raises(InputError, match="another layout"):
+        read_contrast(write_jsonl("texts.jsonl", [rows[0], {"first": "a", "second": "b"}]))
+    with pytest.raises(InputError, match="same"):
+        read_contrast(write_jsonl("texts.jsonl", [{"first": "a", "second": "a"}] * 2))
