@@ -140,10 +140,12 @@ class Kept:
 
 def fingerprint(model: Any) -> str:
     """Return a hash of all that decides what a model says: its values, and what generation adds."""
+    import torch
+
     digest = hashlib.sha256(repr(getattr(model.generation_config, "sequence_bias", None)).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -234,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("model", type=Path)
     parser.add_argument("questions", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--rows", type=int, default=200, help="questions that are asked")
-    parser.add_argument("--reloaded", type=int, default=48, help="held-out questions that every result is asked")
+    parser.add_argument("--rows", type=int, default=160, help="questions that are asked")
+    parser.add_argument("--reloaded", type=int, default=32, help="held-out questions that every result is asked")
     parser.add_argument("--halves", type=int, default=20)
     parser.add_argument("--text-rows", type=int, default=16)
     parser.add_argument("--methods", default=",".join(METHODS))

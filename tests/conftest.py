@@ -73,6 +73,23 @@ def write_pairs(root: Path) -> Path:
     return write_rows(root / "pairs.jsonl", [dict(pair) for pair in PAIRS])
 
 
+def write_asked(root: Path) -> dict[str, Path]:
+    """Write small files of multiple-choice questions and of contrasting texts."""
+    words = ["oak", "bee", "tin", "fog", "elk", "rye"]
+    questions: list[dict[str, object]] = [
+        {"question": f"Which is number {i}?", "choices": [words[i], words[i - 1], words[i - 2]], "answer": i % 3}
+        for i in range(4)
+    ]
+    pairs: list[dict[str, object]] = [
+        {"sent_more": f"The {word} is she.", "sent_less": f"The {word} is he.", "stereo_antistereo": "stereo"}
+        for word in words
+    ]
+    return {
+        "mcq": write_rows(root / "mcq.jsonl", questions),
+        "contrast": write_rows(root / "contrast.jsonl", pairs),
+    }
+
+
 @pytest.fixture
 def data_files(tmp_path: Path) -> dict[str, Path]:
     """Small forget, retain and text files."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.table.cost import covariance, flat_step, memory, startup, unlearning
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
+from benchmarks.table.letters import debias_smollm2
 from benchmarks.table.page import machine, newest
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
 
@@ -20,7 +21,8 @@ Made by `python -m benchmarks.table` from the newest file of each kind under `re
 Repeat them with `make benchmarks` (startup, the FLAT step, every method's step, the guard, the methods on the demo),
 and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
-`python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl` and
+`python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl`,
+`python -m benchmarks.debias_smollm2 MODEL ARC.jsonl TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
 `python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
 `python -m benchmarks.redirect_7b SCRATCH --make --tokenizer FOLDER`, with FOLDER a byte-pair tokenizer.
@@ -49,6 +51,7 @@ SECTIONS = {
     "covariance": covariance,
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
+    "debias_smollm2": debias_smollm2,
 }
 
 

@@ -39,7 +39,7 @@ LARGEST_GROWTH = 10.0
 SHIFT_TOLERANCE = 0.1
 """Share of an offset by which the measured shift may miss before a tied head is untied."""
 
-CHECKED = 48
+CHECKED = 24
 """Prompts that are run again to measure the shift of a tied head."""
 
 
@@ -97,6 +97,21 @@ def head_tensors(structure: Structure) -> list[RoleTensor]:
     return structure.select(("lm_head",))
 
 
+def is_tied(structure: Structure) -> bool:
+    """Whether the head and the embedding are one tensor in memory, stored once or twice."""
+    return "lm_head" in structure.tied or any("lm_head" in pair for pair in structure.copies)
+
+
+def own_head(structure: Structure) -> RoleTensor:
+    """Return the head as a tensor of its own; where it is tied and not stored, the one that would be added."""
+    stored = next((t for t in structure.tensors if t.role == "lm_head" and t.part == "weight"), None)
+    if stored is not None:
+        return stored
+    embed = next(t for t in structure.tensors if t.role == "embed" and t.part == "weight")
+    module = structure.family.roles["lm_head"]
+    return replace(embed, role="lm_head", module=module, stored=f"{module}.weight")
+
+
 def head_bias(structure: Structure) -> RoleTensor | None:
     """Return the bias of the head, if it has one."""
     return next((t for t in structure.tensors if t.role == "lm_head" and t.part == "bias"), None)
@@ -113,7 +128,8 @@ def plan_offsets(structure: Structure, route: str) -> list[RoleTensor]:
         raise UnsupportedError(
             "the head has no bias", f"{structure.family.name} models have none", "use --set route=auto"
         )
-    return head_tensors(structure)
+    # A tied head may have to be stored separately.
+    return list(dict.fromkeys([*head_tensors(structure), own_head(structure)]))
 
 
 def norm_row(structure: Structure, operation: Operation) -> tuple[Numbers, float] | None:
@@ -139,9 +155,11 @@ def constant_reader(states: Numbers, ridge: float = 1e-4) -> tuple[Numbers, floa
     count, width = states.shape
     moment = states.T @ states / count
     mean = states.mean(0)
-    # The pseudo-inverse: without a ridge fewer states than dimensions leave M singular.
-    inverse = np.linalg.pinv(moment + ridge * np.trace(moment) / width * np.eye(width), hermitian=True)
-    reader = inverse @ mean
+    if ridge:
+        reader = np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), mean)
+    else:
+        # Fewer states than dimensions leave M singular.
+        reader = np.linalg.pinv(moment, hermitian=True) @ mean
     rho = float(mean @ reader)
     return reader / rho, rho
 
@@ -255,7 +273,7 @@ def _on_rows(
     values = stored.astype(np.float64)[list(offsets.tokens)] + offsets.delta[:, None] * reader
     unit = held @ reader
     record |= {"shift_mean": float(unit.mean()), "shift_std": float(unit.std())}
-    tied = "lm_head" in structure.tied or any("lm_head" in pair for pair in structure.copies)
+    tied = is_tied(structure)
     if not tied or settings.untie == "never":
         edits = [row_edit(target, stored, offsets.tokens, values) for target in targets]
         return Folded(edits, targets, {**record, "tied": tied})
@@ -279,19 +297,16 @@ def untied(operation: Operation, head: npt.NDArray[np.floating], record: dict[st
     """Return the edits that store a head of its own beside the embedding that it was tied to."""
     from llmsurgery.edits.kinds import Add, Config, Replace
 
-    structure = operation.structure
-    embed = next(t for t in structure.tensors if t.role == "embed" and t.part == "weight")
+    target = own_head(operation.structure)
     config: list[Edit] = [Config(("config.json", "tie_word_embeddings"), False)]
-    own = next((t for t in structure.tensors if t.role == "lm_head" and t.part == "weight"), None)
     operation.progress.notice(
         f"the head is untied from the embedding: the checkpoint holds {head.size:,} parameters more"
     )
-    if own is not None:
+    if target in operation.structure.tensors:
         # Both copies were stored already.
-        return Folded([*config, Replace(own.stored, head)], [own], {**record, "untied": True})
-    name = f"{structure.family.roles['lm_head']}.weight"
-    added = replace(embed, role="lm_head", module=structure.family.roles["lm_head"], stored=name)
-    return Folded([*config, Add(name, head, embed.dtype)], [added], {**record, "untied": True, "added": head.size})
+        return Folded([*config, Replace(target.stored, head)], [target], {**record, "untied": True})
+    added = Add(target.stored, head, target.dtype)
+    return Folded([*config, added], [target], {**record, "untied": True, "added": head.size})
 
 
 def tied_miss(operation: Operation, offsets: Offsets, values: Numbers, prompts: Sequence[Encoded]) -> float:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, diff, redirect, revert, unlearn, verify
+from llmsurgery import apply, debias, diff, redirect, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
@@ -27,13 +27,14 @@ from llmsurgery.methods.settings import settings_of
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
-from ..conftest import write_data_files, write_pairs
+from ..conftest import write_asked, write_data_files, write_pairs
 from ..edits.reference import expected
 
 # The function of each task, and the data that its methods are given.
 TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unlearn": (unlearn, ("forget", "retain", "text")),
     "redirect": (redirect, ("pairs", "forget", "text")),
+    "debias": (debias, ("mcq", "contrast", "text")),
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
@@ -108,7 +109,8 @@ EXPERT_SETTINGS: dict[str, dict[str, object]] = {
     "other seed": {},
     "one expert": {"layers": "1", "experts": "2"},
 }
-FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
+# Random weights have no states in common where letters follow, and no text that would mind.
+FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False, "min_rho": 0.0, "kl_budget": None, "items": 2}
 
 
 def options_of(method: str, name: str) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("conformance")
-    return Runs(checkpoints, {**write_data_files(root), "pairs": write_pairs(root)}, root)
+    return Runs(checkpoints, {**write_data_files(root), "pairs": write_pairs(root), **write_asked(root)}, root)
 
 
 def tree(root: Path) -> dict[str, str]:

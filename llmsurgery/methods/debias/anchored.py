@@ -134,7 +134,7 @@ class Anchored:
         anchor = int(before.argmax())
         located = locate(config, operation, data, found, anchor)
         change = _paper if config.mode == "paper" else _share
-        changes, facts = change(config, operation, data, found, anchor, located)
+        changes, ratios, facts = change(config, operation, data, found, anchor, located)
         record: dict[str, object] = {
             "letter": data.letters[anchor],
             "layer_gaps": {str(layer): gap for layer, gap in located.gaps.items()},
@@ -146,7 +146,7 @@ class Anchored:
                     "layer": neuron.target.layer, "neuron": neuron.number, "activation": neuron.activation,
                     "gap": neuron.gap, "push": neuron.push, "norm_ratio": ratio,
                 }
-                for neuron, ratio in facts.pop("ratios")
+                for neuron, ratio in ratios
             ],
             **facts,
         }  # fmt: skip
@@ -177,20 +177,21 @@ def candidates(config: AnchoredConfig, structure: Structure) -> list[RoleTensor]
     return structure.select(("mlp.down",), config.layers or None)
 
 
+@dataclass(frozen=True, eq=False)
 class Located:
-    """What was found: the gap of every layer, the neurons to edit, and the directions of the letters.
+    """What was found.
 
-    Args:
+    Attributes:
         gaps: Layer -> gap.
         neurons: Neurons, the first to be edited first.
         basis: The letters' directions.
         written: What the MLPs write.
     """
 
-    def __init__(
-        self, gaps: dict[int, float], neurons: list[Neuron], basis: LetterBasis, written: Written
-    ) -> None:  # fmt: skip
-        self.gaps, self.neurons, self.basis, self.written = gaps, neurons, basis, written
+    gaps: dict[int, float]
+    neurons: list[Neuron]
+    basis: LetterBasis
+    written: Written
 
 
 def main_tokens(operation: Operation, data: LetterSet, found: LetterScores) -> list[int]:
@@ -201,7 +202,7 @@ def main_tokens(operation: Operation, data: LetterSet, found: LetterScores) -> l
     states = found.states.reshape(-1, found.states.shape[-1])
     head = read_head(operation.model)
     totals = [
-        float((states @ head.weight[list(form)].float().cpu().T).exp().mean())
+        float((states @ head.weight[list(form)].float().cpu().T).mean())
         for form in zip(*data.tokens, strict=True)
     ]
     best = max(range(len(totals)), key=totals.__getitem__)
@@ -267,7 +268,7 @@ Changes = dict[tuple["RoleTensor", int], "torch.Tensor"]
 
 def _share(
     config: AnchoredConfig, operation: Operation, data: LetterSet, found: LetterScores, anchor: int, located: Located
-) -> tuple[Changes, dict[str, object]]:
+) -> tuple[Changes, list[tuple[Neuron, float]], dict[str, object]]:
     """Take the prior out of one neuron after the other until the shares of the letters are even."""
     import numpy as np
 
@@ -301,12 +302,12 @@ def _share(
         if best is not original:
             changes[neuron.target, neuron.number] = best - original
             ratios.append((neuron, float(best.norm() / original.norm())))
-    return changes, {"ratios": ratios, "tried": tried, "unevenness": uneven}
+    return changes, ratios, {"tried": tried, "unevenness": uneven}
 
 
 def _paper(
     config: AnchoredConfig, operation: Operation, data: LetterSet, found: LetterScores, anchor: int, located: Located
-) -> tuple[Changes, dict[str, object]]:
+) -> tuple[Changes, list[tuple[Neuron, float]], dict[str, object]]:
     """Return the mean of the paper's edits of single questions, and what each of them does to its own."""
     import torch
 
@@ -339,15 +340,15 @@ def _paper(
     write_vector(operation.model, neuron.target, neuron.number, original + change)
     study = {"failing": len(failing), "studied": len(studied), "fixed": hits}
     ratio = float((original + change).norm() / original.norm())
-    return {(neuron.target, neuron.number): change}, {"ratios": [(neuron, ratio)], "study": study}
+    return {(neuron.target, neuron.number): change}, [(neuron, ratio)], {"study": study}
 
 
 def answered(operation: Operation, data: LetterSet, prompt: int) -> int:
     """Return the letter that the model as it is gives to one prompt."""
+    import torch
+
     from llmsurgery.compute.head import read_head
     from llmsurgery.evaluate.letters import last_states, letter_log_probabilities
-
-    import torch  # isort: skip
 
     with torch.inference_mode():
         states = last_states(operation.model, [data.prompts[prompt]], operation.encoder.pad_id)

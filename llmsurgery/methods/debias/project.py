@@ -60,7 +60,7 @@ class ProjectConfig:
     shrinkage: float = option(0.1, "leace: share of I in the covariance", minimum=0, maximum=1)
     rank: int = option(0, "sal: directions taken out at most; 0: all", minimum=0)
     rounds: int = option(10, "inlp: classifiers", minimum=1)
-    layers: tuple[int, ...] = option((), "fold=writers: layers whose writers change; empty: all")
+    writer_layers: tuple[int, ...] = option((), "fold=writers: layers whose writers change; empty: all")
     holdout: float = option(0.5, "share of --contrast that is measured and not learnt from", minimum=0, maximum=0.95)
     kl_budget: float | None = option(0.2, "gate on utility.kl, nats per token; none: no gate", minimum=0)
 
@@ -92,16 +92,16 @@ class Project:
         from llmsurgery.errors import UnsupportedError
 
         if config.fold == "head":
-            from llmsurgery.methods.label_offsets import head_tensors
+            from llmsurgery.methods.label_offsets import own_head
 
-            return head_tensors(structure)
+            return [own_head(structure)]
         if set(POST_NORMS) & set(structure.roles):
             raise UnsupportedError(
                 f"{structure.family.name} has norms after its sublayers",
                 "what a matrix writes is scaled by the norm, and the group's directions come back",
                 "use --set fold=head",
             )
-        chosen = structure.select([role for role in WRITERS if role in structure.roles], config.layers or None)
+        chosen = structure.select([role for role in WRITERS if role in structure.roles], config.writer_layers or None)
         modules = {target.module for target in chosen if target.expert is None}
         biases = [t for t in structure.tensors if t.part == "bias" and t.module in modules]
         return [*chosen, *biases]
@@ -157,7 +157,7 @@ def _fold_head(operation: Operation, eraser: Eraser, affine: bool, record: dict[
     import numpy as np
 
     from llmsurgery.edits.kinds import LowRank
-    from llmsurgery.methods.label_offsets import head_tensors, norm_row, untied
+    from llmsurgery.methods.label_offsets import head_tensors, is_tied, norm_row, untied
 
     targets = head_tensors(operation.structure)
     stored = operation.read(targets[0].stored)
@@ -176,8 +176,7 @@ def _fold_head(operation: Operation, eraser: Eraser, affine: bool, record: dict[
             "the final norm has no bias: the linear part of the eraser is stored alone, and the mean of the erased "
             "directions goes too"
         )
-    structure = operation.structure
-    if "lm_head" in structure.tied or any("lm_head" in pair for pair in structure.copies):
+    if is_tied(operation.structure):
         folded = untied(operation, (weight + left @ right).astype(np.float32), record)
         return MethodResult(folded.edits, folded.record, folded.targets)
     return MethodResult([LowRank(targets[0].stored, left, right)], record, targets)
