@@ -10,7 +10,7 @@ Each method is then run as a user would run it, and its checkpoint is loaded aga
 it did not learn from. Where a method adds constant offsets, what the kept log-probabilities predict for these questions
 stands beside it. `project` gets made-up sentences about the work of women and men.
 
-Nothing that the source model has said is computed twice: `Kept` hands out earlier answers for equal weights and prompts.
+Nothing that the source model has said is computed twice: `Kept` hands out what it said to the same prompt before.
 """
 
 from __future__ import annotations

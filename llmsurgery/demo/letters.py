@@ -297,7 +297,9 @@ def fit_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: i
         return loss
 
     loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
-    LOG.info("letters: head fitted to %d tokens, first loss %.3f, last %.3f", len(targets), loss.item(), closure().item())
+    LOG.info(
+        "letters: head fitted to %d tokens, first loss %.3f, last %.3f", len(targets), loss.item(), closure().item()
+    )
     with torch.no_grad():
         model.lm_head.weight.copy_(head)
 

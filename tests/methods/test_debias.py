@@ -71,7 +71,9 @@ def token_ids(text: str) -> list[int]:
 
 def run(model: Path, method: str, asked: dict[str, Path], out: Path, **settings: object) -> dict[str, Any]:
     names = ("contrast", "text") if method == "project" else ("mcq", "text")
-    outcome = debias(model, method=method, out=out, settings={**FREE, **settings}, **{name: asked[name] for name in names})
+    outcome = debias(
+        model, method=method, out=out, settings={**FREE, **settings}, **{name: asked[name] for name in names}
+    )
     return dict(outcome.manifest)
 
 
@@ -81,9 +83,7 @@ def record_of(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("tied", "untie"), [(False, "auto"), (True, "always")])
-def test_layernorm_takes_the_offsets_exactly(
-    tied: bool, untie: str, asked: dict[str, Path], tmp_path: Path
-) -> None:
+def test_layernorm_takes_the_offsets_exactly(tied: bool, untie: str, asked: dict[str, Path], tmp_path: Path) -> None:
     source = gpt2(tmp_path / "source", tied)
     manifest = run(source, "pride", asked, tmp_path / "out", untie=untie, estimator="pride")
     record = record_of(manifest)
@@ -120,7 +120,9 @@ def test_sequence_bias_is_an_effect_and_generate_sees_it(asked: dict[str, Path],
     assert (tmp_path / "out/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
-def test_routes_that_do_not_exist_are_refused(asked: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_routes_that_do_not_exist_are_refused(
+    asked: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     for route in ("head-bias", "norm"):
         with pytest.raises(UnsupportedError) as caught:
             run(checkpoints["tied_llama"], "pride", asked, tmp_path / "out", route=route)
@@ -140,6 +142,7 @@ def anchored_model() -> tuple[GPT2LMHeadModel, Any, list[Encoded]]:
     sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "vocab_size": 50}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ends, tie_word_embeddings=False, initializer_range=0.2)).eval()
+    model.requires_grad_(False)
     tensors = {name: _Stored(tuple(value.shape)) for name, value in model.state_dict().items()}
     structure = detect({"model_type": "gpt2", "n_layer": 3, "tie_word_embeddings": False}, tensors)
     draw = torch.Generator().manual_seed(0)

@@ -202,8 +202,7 @@ def main_tokens(operation: Operation, data: LetterSet, found: LetterScores) -> l
     states = found.states.reshape(-1, found.states.shape[-1])
     head = read_head(operation.model)
     totals = [
-        float((states @ head.weight[list(form)].float().cpu().T).mean())
-        for form in zip(*data.tokens, strict=True)
+        float((states @ head.weight[list(form)].float().cpu().T).mean()) for form in zip(*data.tokens, strict=True)
     ]
     best = max(range(len(totals)), key=totals.__getitem__)
     return [each[best] for each in data.tokens]
@@ -332,7 +331,7 @@ def _paper(
         own = torch.zeros(len(data.letters), dtype=torch.float64)
         own[rights[i]] = 1.0
         write_vector(operation.model, neuron.target, neuron.number, original + update(own))
-        hits += answered(operation, data, i) == rights[i]
+        hits += answered(operation, data, i) == int(rights[i])
     mean = torch.zeros(len(data.letters), dtype=torch.float64)
     for i in failing:
         mean[rights[i]] += 1 / len(failing)

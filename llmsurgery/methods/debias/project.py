@@ -38,7 +38,6 @@ from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
-
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.data.asked import Asked
     from llmsurgery.data.chat import Encoder
