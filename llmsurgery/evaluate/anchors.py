@@ -192,11 +192,16 @@ def find_neurons(
 def offset_vector(basis: LetterBasis, delta: Numbers, scale: float) -> torch.Tensor:
     """Return the vector sum_t c_t Wc[t] that, added to the residual stream, shifts the letters by delta [width].
 
-    Wc[t] are not orthogonal: c solves G c = scale * delta with G[t, u] = Wc[t] . Wc[u].
+    Wc[t] are neither orthogonal nor of one length: c solves G c = scale * delta with G[t, u] = Wc[t] . Wc[u]. That the
+    vector also changes the scale of the final norm is left out: what arrives has to be measured.
+
+    Args:
+        basis: The letters' directions.
+        delta: Offsets [letters].
+        scale: What the final norm divides by.
     """
     centred = basis.centred - basis.centred.mean(1, keepdim=True) if basis.mean_free else basis.centred
-    moment = centred @ centred.T
-    return torch.linalg.pinv(moment, hermitian=True) @ (scale * torch.from_numpy(delta)) @ centred
+    return torch.linalg.pinv(centred @ centred.T, hermitian=True) @ (scale * torch.from_numpy(delta)) @ centred
 
 
 def write_vector(model: PreTrainedModel, target: RoleTensor, number: int, values: torch.Tensor) -> None:

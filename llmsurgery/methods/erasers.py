@@ -41,7 +41,7 @@ class Eraser:
     @property
     def rank(self) -> int:
         """Number of directions that are taken out."""
-        return self.left.shape[1]
+        return int(self.left.shape[1])
 
     def matrix(self) -> Numbers:
         """Return P [d, d]."""
