@@ -76,12 +76,12 @@ class Kept:
     """What models have said already, by weights and prompt."""
 
     def __init__(self) -> None:
-        from llmsurgery.evaluate import figures, letters
+        from llmsurgery.evaluate import letters, likelihood
 
         self.letters: dict[tuple[str, tuple[int, ...]], tuple[Numbers, Any]] = {}
         self.texts: dict[tuple[str, tuple[int, ...]], Any] = {}
         self.forwards = 0
-        self._score, self._text = letters.score_letters, figures.text_hidden
+        self._score, self._text = letters.score_letters, likelihood.text_hidden
 
     def score_letters(
         self, model: Any, data: Any, pad_id: int, batch_size: int, progress: Any, keep_states: bool = False
@@ -210,10 +210,19 @@ def run_method(
     """Run one method as a user would, and return its figures before and after, its record and its cost."""
     from llmsurgery import debias
 
-    data = {"mcq": files["mcq"], **({"contrast": files["contrast"]} if name == "project" else {})}
+    contrast = files["contrast"] if name == "project" else None
     settings: dict[str, object] = {**METHODS[name], "eval.mcq_rows": reloaded, "eval.text_rows": text_rows}
     started = time.perf_counter()
-    outcome = debias(source, method=name, text=files["text"], out=out, settings=settings, undo=False, **data)
+    outcome = debias(
+        source,
+        method=name,
+        text=files["text"],
+        out=out,
+        settings=settings,
+        undo=False,
+        mcq=files["mcq"],
+        contrast=contrast,
+    )
     manifest: Any = outcome.manifest
     return {
         "settings": manifest["operations"][0]["settings"],

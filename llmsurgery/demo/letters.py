@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmsurgery.demo.recipe import END, padded, save, shape, train_tokenizer, write_rows
 from llmsurgery.demo.words import PERSON_WORDS, TOWN_WORDS
 
 if TYPE_CHECKING:
@@ -110,33 +111,11 @@ def draw_sentence(rng: random.Random) -> str:
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE in which every word of this world is one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from llmsurgery.demo.build import CHAT_TEMPLATE, CONTEXT, END, PAD, START
-
     rng = random.Random(seed + 4)
     corpus = [f"{prompt_text(*draw_question(rng)[:2])}\nuser\nassistant\nAnswer: A B C D" for _ in range(300)]
     corpus += [draw_sentence(rng) for _ in range(400)]
     corpus += [f" {word}" for kind in KINDS for word in words_of(kind) for _ in range(20)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return train_tokenizer(corpus, VOCABULARY)
 
 
 def token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
@@ -152,12 +131,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmsurgery.demo.build import shape
-
     torch.manual_seed(seed)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": 2}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": 2}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
-    model = LlamaForCausalLM(LlamaConfig(**{**shape(tokenizer), **sizes, **heads, "tie_word_embeddings": False}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**shape(tokenizer, len(tokenizer)), **sizes, **heads, "tie_word_embeddings": False})
+    )
     body: Any = model.model
     with torch.no_grad():
         body.embed_tokens.weight.copy_(embeddings(tokenizer, seed))
@@ -253,8 +232,6 @@ def look_for(
 
 def fit_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
     """Yield the rows that the head is fitted to: token ids, and the first one that is predicted."""
-    from llmsurgery.demo.build import END
-
     rng = random.Random(seed + 6)
     for _ in range(SENTENCES):
         row = tokenizer.encode(END + " ".join(draw_sentence(rng) for _ in range(2)), add_special_tokens=False)
@@ -279,16 +256,15 @@ def fit_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: i
     with torch.no_grad():
         for start in range(0, len(rows), 50):
             batch = rows[start : start + 50]
-            width = max(len(ids) for ids, _ in batch)
             # Padding is on the right and attention is causal: no mask is needed.
-            ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in batch])
+            ids, _ = padded(batch, tokenizer.pad_token_id)
             hidden = body(input_ids=ids, use_cache=False).last_hidden_state
             for number, (row, first) in enumerate(batch):
                 states.append(hidden[number, first - 1 : len(row) - 1])
                 labels.append(torch.tensor(row[first:]))
     inputs, targets = torch.cat(states), torch.cat(labels)
     head = torch.zeros(len(tokenizer), WIDTH, requires_grad=True)
-    optimizer = torch.optim.LBFGS([head], max_iter=80, history_size=20, line_search_fn="strong_wolfe")
+    optimizer: Any = torch.optim.LBFGS([head], max_iter=80, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -296,7 +272,7 @@ def fit_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: i
         torch.autograd.backward(loss)
         return loss
 
-    loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
+    loss = optimizer.step(closure)
     LOG.info(
         "letters: head fitted to %d tokens, first loss %.3f, last %.3f", len(targets), loss.item(), closure().item()
     )
@@ -385,8 +361,6 @@ License: Apache-2.0.
 
 def build_letters(out: Path, seed: int) -> None:
     """Write the checkpoint `letters` and its data `letters-world` into a folder."""
-    from llmsurgery.demo.build import save, write_rows
-
     write_rows(out / "letters-world", data_files(seed))
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer, seed)

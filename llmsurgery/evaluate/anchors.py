@@ -201,7 +201,9 @@ def offset_vector(basis: LetterBasis, delta: Numbers, scale: float) -> torch.Ten
         scale: What the final norm divides by.
     """
     centred = basis.centred - basis.centred.mean(1, keepdim=True) if basis.mean_free else basis.centred
-    return torch.linalg.pinv(centred @ centred.T, hermitian=True) @ (scale * torch.from_numpy(delta)) @ centred
+    wanted = scale * torch.from_numpy(delta)
+    vector: torch.Tensor = torch.linalg.pinv(centred @ centred.T, hermitian=True) @ wanted @ centred
+    return vector
 
 
 def write_vector(model: PreTrainedModel, target: RoleTensor, number: int, values: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.data.chat import Encoded
-    from llmsurgery.edits.kinds import Edit
+    from llmsurgery.edits.kinds import Edit, Json
     from llmsurgery.methods.base import Operation
 
 Numbers = npt.NDArray[np.float64]
@@ -225,11 +225,12 @@ def _sequence_bias(operation: Operation, offsets: Offsets) -> Folded:
 
     biases = getattr(operation.model.generation_config, "sequence_bias", None) or []
     pairs = [(list(ids), float(bias)) for ids, bias in (biases.items() if isinstance(biases, dict) else biases)]
-    longer = [[ids, bias] for ids, bias in pairs if len(ids) > 1]
+    kept: list[Json] = [[ids, bias] for ids, bias in pairs if len(ids) > 1]
     single = sequence_offsets(operation.model)
     for token, delta in zip(offsets.tokens, offsets.delta, strict=True):
         single[token] = single.get(token, 0.0) + float(delta)
-    kept: list[list[object]] = [*([*pair] for pair in longer), *([[token], bias] for token, bias in single.items())]
+    for token, bias in single.items():
+        kept.append([[token], bias])
     operation.progress.notice(
         "route=sequence-bias changes generation_config.json alone: `generate` of transformers adds the offsets, while "
         "scores of texts, and engines that do not read sequence_bias, see the model as it was"

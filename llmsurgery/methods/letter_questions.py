@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,6 @@ def cyclic_subset(data: LetterSet, items: int) -> LetterSet:
     return replace(data, questions=data.questions[:count], prompts=data.prompts[: count * len(data.letters)])
 
 
-def named(letters: str, values: Sequence[float]) -> dict[str, float]:
+def named(letters: str, values: Iterable[float]) -> dict[str, float]:
     """Return numbers by letter."""
     return {letter: float(value) for letter, value in zip(letters, values, strict=True)}
