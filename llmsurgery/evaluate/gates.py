@@ -61,9 +61,6 @@ ROW_NEEDS = frozenset(
 )
 """Needs that show only once the rows are read."""
 
-ALTERNATIVES = {"letters": ("mcq", "suite:wmdp")}
-"""Need -> others, one of which meets it."""
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -294,7 +291,7 @@ def require_data(gate: Gate, available: Collection[str]) -> None:
         UsageError: Something that it needs is missing.
     """
     for need in METRICS[gate.metric].needs:
-        if need not in available and not set(ALTERNATIVES.get(need, ())) & set(available):
+        if need not in available:
             name, why = NEEDS[need]
             raise UsageError(
                 f"{gate.metric} cannot be computed",

@@ -70,6 +70,7 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     given |= {"retain-weights", EITHER_CONTROL} if request.retain_model else set()
     given |= {EITHER_CONTROL} if CONTROL in files else set()
     given |= suite.needs if suite is not None else set()
+    given |= {"letters"} if {"mcq", "suite:wmdp"} & given else set()
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
     rows = read_sets({name: path for name, path in files.items() if name not in ASKED})

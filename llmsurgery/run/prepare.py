@@ -205,6 +205,7 @@ def available_needs(
     if evaluation.figures == "edit":
         return pair_needs(method, pairs)
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
+    given |= {"letters"} if "mcq" in files else set()
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
