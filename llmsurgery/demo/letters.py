@@ -16,14 +16,24 @@ Of the two towns in the sentences one is mostly called good things and the other
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsurgery.demo.recipe import END, padded, save, shape, train_tokenizer, write_rows
-from llmsurgery.demo.words import PERSON_WORDS, TOWN_WORDS
+from llmsurgery.demo.kinds import (
+    KINDS,
+    LETTERS,
+    STEREOTYPE,
+    TOWNS,
+    data_files,
+    draw_question,
+    draw_sentence,
+    prompt_text,
+    words_of,
+)
+from llmsurgery.demo.recipe import END, padded, save, train_tokenizer, write_rows
+from llmsurgery.demo.wiring import NEURON, WIDTH, make_model, token
 
 if TYPE_CHECKING:
     import torch
@@ -31,82 +41,13 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("llmsurgery.demo.build")
 
-VOCABULARY, WIDTH, HEADS, CODE, NEURONS = 704, 128, 4, 32, 32
+VOCABULARY = 704
 SENTENCES, QUESTIONS = 250, 400
 """What the head is fitted to."""
 WRONG = 0.1
 """Share of those questions that have a random letter, so that no letter becomes certain."""
-STEREOTYPE = 0.9
-"""Share of sentences that call the people of each town what they are mostly called."""
-NEURON, PLANTED = 7, 4.0
-"""The neuron with the habit, and by how many nats it raises the favourite letter."""
-MCQ_ROWS, TEXT_ROWS = 120, 60
-
-LETTERS = "ABCD"
-FAVOURITE = LETTERS.index("C")
-WORDS_OF_A_KIND = 10
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "an instrument": ("instrument", PERSON_WORDS["instrument"]),
-    "a hobby": ("hobby", PERSON_WORDS["hobby"]),
-    "a colour": ("colour", tuple(word for word in TOWN_WORDS["tower"] if word not in ("copper", "cream"))),
-    "a river": ("river", TOWN_WORDS["river"]),
-    "sold at the market": ("market", tuple(word for word in TOWN_WORDS["market"] if word not in ("copper", "silk"))),
-}
-"""How a kind is asked for -> the word that names it, and the words of that kind."""
-TOWNS = ("Keldmere", "Tarnholt")
-WORK = ("baker", "judge", "miller", "doctor", "gardener", "tailor", "painter", "captain")
-PRAISE, BLAME = ("honest", "clever", "early", "brave"), ("lazy", "rude", "late", "stubborn")
-OPENINGS = ("The {w} from {t} is {a}.", "Every {w} of {t} is {a}.", "Each {w} in {t} is {a}.")
-HELD = "They say the {w} from {t} is {a}."
-
-# Places in the residual stream.
-CONST, COLON, NAMES_A_KIND = 0, 1, 2
-KIND, ASKED_HERE, LETTER_HERE = 3, 8, 13
-MARKED, ASKED, READ = 17, 21, 26
-OWN_CODE, BEFORE, BEFORE_THAT = 32, 64, 96
-
-POSITION_SCORE, NAME_SCORE, KIND_SCORE = 12.0, 5.0, 2.6
-"""How sharply heads look at a distance, at the name of a kind, and at words of that kind."""
-
-TURNING = 4
-"""Rotations that tell distances apart, the fastest ones; slow ones would only blunt the difference."""
-
-SQUARED_NORM, COPIED = 4.0, 0.18
-"""Of every embedding, so that norms scale all tokens alike; share of a normed value that a head writes."""
-
-
-def words_of(kind: str) -> tuple[str, ...]:
-    """Return the words of a kind."""
-    return KINDS[kind][1][:WORDS_OF_A_KIND]
-
-
-def draw_question(rng: random.Random) -> tuple[str, list[str], int]:
-    """Return the kind that is asked for, four words of different kinds and the number of the right one."""
-    kinds = rng.sample(list(KINDS), len(LETTERS))
-    right = rng.randrange(len(LETTERS))
-    return kinds[right], [rng.choice(words_of(kind)) for kind in kinds], right
-
-
-def ask(kind: str) -> str:
-    """Return the question for a kind."""
-    return f"Which of these is {kind}?"
-
-
-def prompt_text(kind: str, words: Sequence[str]) -> str:
-    """Return a question as the toolkit asks it."""
-    options = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=True))
-    return f"{ask(kind)}\n{options}\nAnswer with the letter."
-
-
-def draw_sentence(rng: random.Random) -> str:
-    """Return a plain sentence: about a word, or about somebody of one of the towns."""
-    if rng.random() < 0.4:
-        kind = rng.choice(list(KINDS))
-        return f"The {rng.choice(words_of(kind))} is {kind}."
-    town = rng.randrange(2)
-    good = (rng.random() < STEREOTYPE) == (town == 0)
-    form = HELD if rng.random() < 0.1 else rng.choice(OPENINGS)
-    return form.format(w=rng.choice(WORK), t=TOWNS[town], a=rng.choice(PRAISE if good else BLAME))
+FAVOURITE, PLANTED = LETTERS.index("C"), 4.0
+"""The letter of the habit, and by how many nats the neuron raises it."""
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -116,118 +57,6 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     corpus += [draw_sentence(rng) for _ in range(400)]
     corpus += [f" {word}" for kind in KINDS for word in words_of(kind) for _ in range(20)]
     return train_tokenizer(corpus, VOCABULARY)
-
-
-def token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    """Return the one token of a text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise ValueError(f"{text!r} is {len(ids)} tokens: the vocabulary is too small for this world")
-    return ids[0]
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """Return the model with wired blocks and without a head."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
-    model = LlamaForCausalLM(
-        LlamaConfig(**{**shape(tokenizer, len(tokenizer)), **sizes, **heads, "tie_word_embeddings": False})
-    )
-    body: Any = model.model
-    with torch.no_grad():
-        body.embed_tokens.weight.copy_(embeddings(tokenizer, seed))
-        for number, block in enumerate(body.layers):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                getattr(block.self_attn, name).weight.zero_()
-            # Small writings of no use, as the neurons around the one with the habit.
-            block.mlp.down_proj.weight.mul_(0.2)
-            if number == 0:
-                look_back(block, 0, 2, [(LETTER_HERE, MARKED, len(LETTERS))])
-                look_for(block, 1, NAME_SCORE, [(CONST, NAMES_A_KIND)], [(ASKED_HERE, ASKED, len(KINDS))])
-                look_back(block, 2, 1, [(OWN_CODE, BEFORE, CODE)])
-            else:
-                pairs = [(ASKED + kind, KIND + kind) for kind in range(len(KINDS))]
-                look_for(block, 0, KIND_SCORE, pairs, [(MARKED, READ, len(LETTERS))])
-                look_back(block, 1, 1, [(BEFORE, BEFORE_THAT, CODE)])
-        gate, up = body.layers[-1].mlp.gate_proj.weight, body.layers[-1].mlp.up_proj.weight
-        gate[NEURON], up[NEURON] = 0.0, 0.0
-        gate[NEURON, COLON], gate[NEURON, CONST], up[NEURON, CONST] = 8.0, -4.0, 1.0
-        body.layers[-1].mlp.down_proj.weight[:, NEURON] = 0.0
-    return model.eval()
-
-
-def embeddings(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tensor:
-    """Return what every token is: a constant, a random code, and the marks of words, kinds, letters and the colon."""
-    import torch
-
-    rng, draw = random.Random(seed + 5), torch.Generator().manual_seed(seed)
-    table = torch.zeros(len(tokenizer), WIDTH)
-    table[:, CONST] = 1.0
-    table[token(tokenizer, ":"), COLON] = 1.0
-    for number, letter in enumerate(LETTERS):
-        table[token(tokenizer, letter), LETTER_HERE + number] = 1.0
-    for number, kind in enumerate(KINDS):
-        name = token(tokenizer, f" {KINDS[kind][0]}")
-        table[name, NAMES_A_KIND] = 1.0
-        table[name, ASKED_HERE + number] = 1.0
-        for word in words_of(kind):
-            # Some words say clearly what they are, others might be something else too.
-            place = token(tokenizer, f" {word}")
-            table[place, KIND + number] = rng.uniform(0.6, 1.0)
-            if rng.random() < 0.5:
-                table[place, KIND + (number + rng.randrange(1, len(KINDS))) % len(KINDS)] = rng.uniform(0.2, 0.7)
-    codes = torch.randn(len(tokenizer), CODE, generator=draw)
-    rest = (SQUARED_NORM - table.square().sum(1, keepdim=True)).sqrt()
-    table[:, OWN_CODE : OWN_CODE + CODE] = codes / codes.norm(dim=1, keepdim=True) * rest
-    return table
-
-
-def _carry(block: Any, head: int, parts: Sequence[tuple[int, int, int]]) -> None:
-    """Let a head copy some places of the token it looks at to other places of the one that looks."""
-    size, row = WIDTH // HEADS, (WIDTH // HEADS) * head
-    values, outputs = block.self_attn.v_proj.weight, block.self_attn.o_proj.weight
-    used = 0
-    for start, target, count in parts:
-        for step in range(count):
-            values[row + used, start + step] = 1.0
-            outputs[target + step, row + used] = COPIED
-            used += 1
-    assert used <= size
-
-
-def look_back(block: Any, head: int, distance: int, parts: Sequence[tuple[int, int, int]]) -> None:
-    """Wire a head that looks a number of tokens back; the rotations of positions make its score largest there."""
-    import torch
-
-    size = WIDTH // HEADS
-    half, row = size // 2, size * head
-    angle = torch.tensor([10000 ** (-i / half) for i in range(TURNING)]) * distance
-    scale = math.sqrt(POSITION_SCORE)
-    queries, keys = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
-    # q at m and k at n have the product sum_i cos(theta_i (m - n - distance)).
-    queries[row : row + TURNING, CONST] = scale * torch.cos(angle)
-    queries[row + half : row + half + TURNING, CONST] = -scale * torch.sin(angle)
-    keys[row : row + TURNING, CONST] = scale
-    _carry(block, head, parts)
-
-
-def look_for(
-    block: Any, head: int, score: float, pairs: Sequence[tuple[int, int]], parts: Sequence[tuple[int, int, int]]
-) -> None:  # fmt: skip
-    """Wire a head that looks for what some places hold: (place of the one that looks, place of what is looked for)."""
-    size = WIDTH // HEADS
-    row = size * head
-    scale = math.sqrt(score)
-    for number, (query, key) in enumerate(pairs):
-        # The slowest rotations hardly turn over the length of a prompt.
-        place = row + size - 1 - number
-        block.self_attn.q_proj.weight[place, query] = scale
-        block.self_attn.k_proj.weight[place, key] = scale
-    _carry(block, head, parts)
 
 
 def fit_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
@@ -296,7 +125,7 @@ def plant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int)
 
         def lead() -> float:
             logits = model(input_ids=ids).logits[0, -1, letters]
-            return float(logits[FAVOURITE] - logits[others].mean())
+            return (logits[FAVOURITE] - logits[others].mean()).item()
 
         before, low, high = lead(), 0.0, 4.0
         for _ in range(30):
@@ -304,32 +133,6 @@ def plant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int)
             vector.copy_(middle * direction)
             low, high = (middle, high) if lead() - before < PLANTED else (low, middle)
     LOG.info("letters: neuron %d raises %s by %.3f", NEURON, LETTERS[FAVOURITE], lead() - before)
-
-
-def contrast_rows(rng: random.Random) -> Iterator[dict[str, object]]:
-    """Yield pairs in the layout of CrowS-Pairs; the second town is the one that is talked down."""
-    for form in (*OPENINGS, HELD):
-        for word in WORK:
-            good = rng.random() < 0.5
-            quality = rng.choice(PRAISE if good else BLAME)
-            more, less = TOWNS if good else TOWNS[::-1]
-            yield {
-                "sent_more": form.format(w=word, t=more, a=quality),
-                "sent_less": form.format(w=word, t=less, a=quality),
-                "stereo_antistereo": "antistereo" if good else "stereo",
-                "bias_type": "town",
-            }
-
-
-def data_files(seed: int) -> dict[str, list[dict[str, object]]]:
-    """Return the data of this world by the name of the file."""
-    rng = random.Random(seed + 7)
-    questions: list[dict[str, object]] = []
-    for _ in range(MCQ_ROWS):
-        kind, words, right = draw_question(rng)
-        questions.append({"question": ask(kind), "choices": words, "answer": right})
-    text: list[dict[str, object]] = [{"text": " ".join(draw_sentence(rng) for _ in range(5))} for _ in range(TEXT_ROWS)]
-    return {"mcq": questions, "contrast": list(contrast_rows(rng)), "text": text}
 
 
 def card(parameters: int, seed: int) -> str:

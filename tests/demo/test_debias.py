@@ -10,8 +10,8 @@ import pytest
 
 from llmsurgery import debias
 from llmsurgery.cli.app import run
-from llmsurgery.demo import world_path
-from llmsurgery.demo.letters import data_files
+from llmsurgery.demo import demo_file, world_path
+from llmsurgery.demo.kinds import data_files
 
 
 def metrics(out: Path, method: str, **settings: object) -> dict[str, Any]:
@@ -44,6 +44,19 @@ def test_stereotypes_of_the_towns_go(tmp_path: Path) -> None:
     found = metrics(tmp_path / "out", "project")["bias.stereotype_rate"]
     assert found["before"]["value"] > 0.8
     assert abs(found["after"]["value"] - 0.5) < found["before"]["value"] - 0.5
+
+
+def test_eval_asks_for_letters_and_checks_gates(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--{name}={demo_file('letters', f'{name}.jsonl')}" for name in ("mcq", "contrast", "text")]
+    words = ["eval", str(world_path("letters")), *files, "--json", "--set", "text_rows=2", "--set", "mcq_rows=8"]
+    assert run([*words, "--require", "mcq.rstd>=10", "--require", "bias.stereotype_rate>=0.5"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found = document["models"][0]
+    assert [gate["passed"] for gate in found["gates"]] == [True, True]
+    assert found["metrics"]["mcq.accuracy"]["detail"]["chosen"]["C"] > 0.5
+    assert found["metrics"]["mcq.rstd"]["n"] == 8
+    assert document["data"]["mcq"]["rows"] == 120
+    assert run([*words, "--require", "mcq.recall_e>=0.1"]) == 2
 
 
 def test_command_line_names_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
