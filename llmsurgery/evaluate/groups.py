@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,27 @@ from llmsurgery.evaluate.stereotypes import encode_sentence
 BATCH_ROWS = 8
 
 
+@dataclass(frozen=True, eq=False)
+class GroupStates:
+    """States of texts.
+
+    Attributes:
+        states: [n, width].
+        labels: A label for each.
+        records: Number of the record that each belongs to [n].
+        offsets: How many tokens behind the first one that is looked at each stands [n]; 0 for means.
+    """
+
+    states: npt.NDArray[np.float64]
+    labels: list[str]
+    records: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
 @torch.inference_mode()
 def read_groups(
     model: PreTrainedModel, structure: Structure, encoder: Encoder, rows: Sequence[Contrast], pool: str, fold: str
-) -> tuple[npt.NDArray[np.float64], list[str], npt.NDArray[np.int64]]:
+) -> GroupStates:
     """Return states of texts with their labels.
 
     Args:
@@ -33,9 +51,6 @@ def read_groups(
         rows: The texts.
         pool: "mean" for one state per text, "tokens" for those of the tokens from the first difference of a pair on.
         fold: "head" for the inputs of the head, else the residual stream after the last block.
-
-    Returns:
-        States [n, width], a label for each, and the number of the record that each belongs to.
     """
     texts: list[Encoded] = []
     owners: list[tuple[int, str, int]] = []
@@ -59,7 +74,8 @@ def read_groups(
     counts = [len(found[i]) for i in range(len(texts))]
     labels = [owners[i][1] for i, count in enumerate(counts) for _ in range(count)]
     numbers = np.array([owners[i][0] for i, count in enumerate(counts) for _ in range(count)])
-    return torch.cat([found[i] for i in range(len(texts))]).numpy(), labels, numbers
+    offsets = np.concatenate([np.arange(count) for count in counts])
+    return GroupStates(torch.cat([found[i] for i in range(len(texts))]).numpy(), labels, numbers, offsets)
 
 
 def first_difference(pair: Sequence[Encoded]) -> int:

@@ -60,15 +60,23 @@ def one_hot(labels: Sequence[str]) -> tuple[Numbers, list[str]]:
     return np.eye(len(classes))[places], classes
 
 
-def signed_columns(labels: Sequence[str]) -> Numbers:
-    """Return labels of pairs, a group with "+" or "-", as one column of signs for each group [n, groups].
+def signed_columns(labels: Sequence[str], offsets: Sequence[int], positions: int) -> Numbers:
+    """Return labels of pairs, a group with "+" or "-", as columns of signs [n, groups * positions].
 
-    So the groups themselves, which texts about them tell apart as well, are not erased.
+    A group has a column for each of the first tokens from the difference of a pair on, and its last one for all others:
+    what a token is about lies elsewhere in the states of the tokens behind it. The groups themselves, which texts about
+    them tell apart as well, are not erased.
+
+    Args:
+        labels: [n].
+        offsets: Tokens behind the first difference [n].
+        positions: Columns of a group.
     """
     groups = sorted({label[:-1] for label in labels})
-    columns = np.zeros((len(labels), len(groups)))
-    for row, label in enumerate(labels):
-        columns[row, groups.index(label[:-1])] = 1.0 if label[-1] == "+" else -1.0
+    columns = np.zeros((len(labels), len(groups) * positions))
+    for row, (label, offset) in enumerate(zip(labels, offsets, strict=True)):
+        place = groups.index(label[:-1]) * positions + min(offset, positions - 1)
+        columns[row, place] = 1.0 if label[-1] == "+" else -1.0
     return columns
 
 

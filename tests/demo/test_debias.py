@@ -40,10 +40,22 @@ def test_the_habit_goes_and_knowledge_shows(method: str, settings: dict[str, obj
         assert [(each["layer"], each["neuron"]) for each in edited] == [(1, 7)]
 
 
+def test_adding_the_right_letters_is_not_rated_as_less_bias(tmp_path: Path) -> None:
+    found = metrics(tmp_path / "out", "anchored", preset="paper")
+    record = json.loads((tmp_path / "out/surgery.json").read_text())["operations"][0]["record"]
+    assert record["study"]["fixed"] == record["study"]["studied"] > 20
+    # One letter for all is worth chance over the cyclic orders, and has the largest spread there is.
+    assert found["mcq.accuracy"]["after"]["value"] == 0.25
+    assert found["mcq.rstd"]["after"]["value"] > found["mcq.rstd"]["before"]["value"]
+
+
 def test_stereotypes_of_the_towns_go(tmp_path: Path) -> None:
-    found = metrics(tmp_path / "out", "project")["bias.stereotype_rate"]
-    assert found["before"]["value"] > 0.8
-    assert abs(found["after"]["value"] - 0.5) < found["before"]["value"] - 0.5
+    found = metrics(tmp_path / "out", "project")
+    rate, right = found["bias.stereotype_rate"], found["mcq.accuracy"]
+    assert rate["before"]["value"] > 0.9
+    assert 0.35 < rate["after"]["value"] < 0.65
+    # What the model knows of other things stays.
+    assert right["after"]["value"] == pytest.approx(right["before"]["value"], abs=0.02)
 
 
 def test_eval_asks_for_letters_and_checks_gates(capsys: pytest.CaptureFixture[str]) -> None:

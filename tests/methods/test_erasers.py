@@ -44,5 +44,8 @@ def test_erased_states_hold_nothing_for_a_linear_classifier() -> None:
 
 
 def test_signs_of_pairs_leave_the_groups_alone() -> None:
-    columns = signed_columns(["race+", "race-", "age+", "age-"])
+    columns = signed_columns(["race+", "race-", "age+", "age-"], [0, 0, 0, 0], 1)
     assert columns.tolist() == [[0, 1], [0, -1], [1, 0], [-1, 0]]
+    # Tokens behind the difference have columns of their own, the last of them for all that follow.
+    columns = signed_columns(["+", "+", "+", "-"], [0, 1, 5, 9], 2)
+    assert columns.tolist() == [[1, 0], [0, 1], [0, 1], [0, -1]]

@@ -20,7 +20,8 @@ What is erased is linear, and of these texts: other tokens and curved traces of 
 the final norm changes no attention. `probe` in the record tells how well a linear classifier finds the group, before
 and after; .5 is chance for two groups. `bias.stereotype_rate` is measured on held-out pairs.
 
-Of pairs the sign is erased, one direction for each `bias_type`; of labelled texts the label. `probe` is fitted after
+Of pairs the sign is erased, for each `bias_type` one direction for each of the first tokens from the difference on and
+one for all later ones (`positions` in all); of labelled texts the label. `probe` is fitted after
 the erasure on one half of the texts that were learnt from and asked about the other, as an attacker would.
 
 INLP's classifiers are linear support vector machines without intercept (squared hinge), as in the released code; its
@@ -56,6 +57,9 @@ class ProjectConfig:
     eraser: str = option("leace", "how the directions are found", ("leace", "sal", "inlp"))
     fold: str = option("head", "head: what the head reads; writers: what blocks write", ("head", "writers"))
     pool: str = option("tokens", "states that are looked at: of tokens, or means of texts", ("tokens", "mean"))
+    positions: int = option(
+        3, "leace, sal: directions for each bias_type of pairs: of the first tokens from the difference on", minimum=1
+    )
     shrinkage: float = option(0.1, "leace: share of I in the covariance", minimum=0, maximum=1)
     rank: int = option(0, "sal: directions taken out at most; 0: all", minimum=0)
     rounds: int = option(10, "inlp: classifiers", minimum=1)
@@ -116,12 +120,13 @@ class Project:
         from llmsurgery.evaluate.groups import read_groups
         from llmsurgery.methods.erasers import inlp, leace, one_hot, probe_accuracy, sal, signed_columns
 
-        states, labels, texts = read_groups(
+        found = read_groups(
             operation.model, operation.structure, operation.encoder, operation.contrast, config.pool, config.fold
         )
+        states, labels, texts = found.states, found.labels, found.records
         pairs = operation.contrast[0].is_pair
         hot, classes = one_hot([label[-1] for label in labels] if pairs else labels)
-        columns = signed_columns(labels) if pairs else hot
+        columns = signed_columns(labels, found.offsets.tolist(), config.positions) if pairs else hot
         if config.eraser == "leace":
             eraser = leace(states, columns, config.shrinkage)
         elif config.eraser == "sal":
@@ -133,8 +138,8 @@ class Project:
         first, second = texts % 2 == 0, texts % 2 == 1
         probe = {}
         if second.any() and hot[first].any(0).all():
-            for when, found in (("before", states), ("after", eraser.apply(states))):
-                probe[when] = probe_accuracy((found[first], hot[first]), (found[second], hot[second]))
+            for when, left in (("before", states), ("after", eraser.apply(states))):
+                probe[when] = probe_accuracy((left[first], hot[first]), (left[second], hot[second]))
         record: dict[str, object] = {
             "eraser": config.eraser, "rank": eraser.rank, "states": len(states), "texts": int(texts.max()) + 1,
             "classes": len(classes), "probe": probe,
