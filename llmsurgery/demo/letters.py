@@ -125,7 +125,8 @@ def plant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int)
 
         def lead() -> float:
             logits = model(input_ids=ids).logits[0, -1, letters]
-            return (logits[FAVOURITE] - logits[others].mean()).item()
+            gap: float = (logits[FAVOURITE] - logits[others].mean()).item()
+            return gap
 
         before, low, high = lead(), 0.0, 4.0
         for _ in range(30):

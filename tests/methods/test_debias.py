@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -14,6 +16,7 @@ from llmsurgery import debias, evaluate_checkpoints
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.data.chat import Encoded
+from llmsurgery.edits.kinds import Sparse
 from llmsurgery.errors import NoEffectError, UnsupportedError
 from llmsurgery.evaluate.anchors import (
     contrast_of,
@@ -26,6 +29,7 @@ from llmsurgery.evaluate.anchors import (
     vectors_of,
     write_vector,
 )
+from llmsurgery.methods.label_offsets import FoldSettings, Offsets, fold_offsets, plan_offsets
 
 from ..builders.saving import save
 from ..conftest import write_asked, write_rows
@@ -135,6 +139,23 @@ def test_routes_that_do_not_exist_are_refused(
     with pytest.raises(NoEffectError):
         run(checkpoints["tied_llama"], "pride", asked, tmp_path / "out", strength=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_with_a_bias_takes_the_offsets_exactly() -> None:
+    shapes = {"transformer.wte.weight": (50, 16), "lm_head.weight": (50, 16), "lm_head.bias": (50,)}
+    model, _, _ = anchored_model()
+    tensors = {name: _Stored(tuple(value.shape)) for name, value in model.state_dict().items()}
+    tensors |= {name: _Stored(shape) for name, shape in shapes.items()}
+    structure = detect({"model_type": "gpt2", "n_layer": 3, "tie_word_embeddings": False}, tensors)
+    assert [target.stored for target in plan_offsets(structure, "auto")] == ["lm_head.bias"]
+    bias = np.arange(50, dtype=np.float32)
+    operation: Any = SimpleNamespace(structure=structure, read=lambda name: bias)
+    offsets = Offsets((4, 2), np.array([1.0, -1.5]))
+    folded = fold_offsets(operation, offsets, torch.zeros(1, 16), [], FoldSettings())
+    (edit,) = folded.edits
+    assert isinstance(edit, Sparse)
+    assert (edit.indices.tolist(), edit.values.tolist()) == ([2, 4], [0.5, 5.0])
+    assert folded.record == {"route": "head-bias"}
 
 
 def anchored_model() -> tuple[GPT2LMHeadModel, Any, list[Encoded]]:
