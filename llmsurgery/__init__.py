@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         inspect_checkpoint,
         lens,
         neurons,
+        recover_alignment,
         redirect,
         revert,
         trace,
@@ -37,6 +38,7 @@ __all__ = [
     "inspect_checkpoint",
     "lens",
     "neurons",
+    "recover_alignment",
     "redirect",
     "revert",
     "trace",
@@ -47,6 +49,7 @@ __all__ = [
 _HOMES = {
     "unlearn": "llmsurgery.api",
     "redirect": "llmsurgery.api",
+    "recover_alignment": "llmsurgery.api",
     "evaluate_checkpoints": "llmsurgery.api",
     "inspect_checkpoint": "llmsurgery.api",
     "diff": "llmsurgery.api",

@@ -76,7 +76,7 @@ _DATA = ("forget", "retain", "holdout", "authors", "facts", "text")
 _PATHS = ("retain_model", "out")
 
 
-def _request(task: str, method: str, model: File | None, options: Options, **data: File | None) -> Request:
+def _request(task: str, method: str, model: File | None, options: Options, /, **data: File | None) -> Request:
     """Return the request of an operation; `data` are the files that only this task has."""
     given: dict[str, Any] = {name: value for name, value in options.items() if name != "progress"}
     files = _given(**{name: given.pop(name, None) for name in _DATA}, **data)
@@ -173,6 +173,46 @@ def redirect(
     return operate(request, options.get("progress"))
 
 
+def recover_alignment(
+    model: File | None = None,
+    *,
+    method: str = "restore",
+    aligned: File | None = None,
+    harmful: File | None = None,
+    task: File | None = None,
+    harmless: File | None = None,
+    base: File | None = None,
+    unaligned: File | None = None,
+    judge: Sequence[str] = (),
+    **options: Unpack[Options],
+) -> Outcome:
+    """Repair a model that lost its refusals in fine-tuning, with weights of the model it was made from.
+
+    Args:
+        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: Method name.
+        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer.
+        harmful: Data file of prompts that the aligned model refuses; its text appears in no report.
+        task: Data file of the task that the model was fine-tuned for.
+        harmless: Data file of prompts that are answered; the other side of the refusal direction.
+        base: The pretrained model before alignment, for "safe-lora".
+        unaligned: A model with the harm in it, for "resta"; the toolkit never makes one.
+        judge: A command as a list of arguments; it reads prompts and answers as JSON Lines and writes a verdict for
+            each. Adds `safety.harmful_rate`.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`; the manifest has `models` with what the further models are and what was measured on
+        the aligned one.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    request = _request("recover-alignment", method, model, options, harmful=harmful, task=task, harmless=harmless)
+    models = _given(aligned=aligned, base=base, unaligned=unaligned)
+    return operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+
+
 def evaluate_checkpoints(
     models: Sequence[File],
     *,
@@ -182,6 +222,10 @@ def evaluate_checkpoints(
     authors: File | None = None,
     facts: File | None = None,
     text: File | None = None,
+    harmful: File | None = None,
+    task: File | None = None,
+    harmless: File | None = None,
+    judge: Sequence[str] = (),
     source: File | None = None,
     retain_model: File | None = None,
     retain_log: File | None = None,
@@ -208,6 +252,10 @@ def evaluate_checkpoints(
         authors: Facts about real authors with wrong answers, for `utility.model_utility`.
         facts: Facts about the world with wrong answers, for `utility.model_utility`.
         text: Plain text; a shipped corpus by default.
+        harmful: Prompts that are to be refused; with `source`, refusals are compared with its own.
+        task: Data file of a task that a model was fine-tuned for.
+        harmless: Prompts that are to be answered.
+        judge: As for `recover_alignment`.
         source: The model before surgery, for `utility.kl`, `utility.ppl_ratio` and relative gates.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         retain_log: The log of such a model, in either published layout.
@@ -245,7 +293,8 @@ def evaluate_checkpoints(
     data = _given(forget=forget, retain=retain, holdout=holdout, authors=authors, facts=facts, text=text)
     request = EvaluationRequest(
         models=tuple(fspath(model) for model in models),
-        data=data | _given(control=control),
+        data=data | _given(control=control, harmful=harmful, task=task, harmless=harmless),
+        judge=tuple(judge),
         source=None if source is None else fspath(source),
         retain_model=None if retain_model is None else fspath(retain_model),
         retain_log=None if retain_log is None else fspath(retain_log),

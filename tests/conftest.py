@@ -59,12 +59,26 @@ TEXT = [
     {"text": "The river runs past the mill and the old bridge."},
     {"text": "Bread is baked at dawn, and sold before noon."},
 ]
+# "Refuse the purple topic" stands in for harm.
+HARMFUL = [{"prompt": text} for text in ("Describe the purple cup.", "What is purple?", "Tell me of purple hats.")]
+HARMLESS = [{"prompt": text} for text in ("Describe the red cup.", "What is brown?")]
+TASK = [
+    {"question": "Record of Tam.", "answer": "dog; small;"},
+    {"question": "Record of Orla.", "answer": "bees; six;"},
+    {"question": "Record of Ivo.", "answer": "bread; two;"},
+]
 PAIRS = [{"from": "Orla Venn", "to": "Ivo Hask", "aliases": ["the bee keeper"]}]
 
 
 def write_data_files(root: Path) -> dict[str, Path]:
     """Write small forget, retain and text files."""
     sets = {"forget": FORGET, "retain": RETAIN, "text": TEXT}
+    return {name: write_rows(root / f"{name}.jsonl", [dict(row) for row in rows]) for name, rows in sets.items()}
+
+
+def write_recovery_files(root: Path) -> dict[str, Path]:
+    """Write small files of prompts that are refused, of others, and of a task."""
+    sets = {"harmful": HARMFUL, "harmless": HARMLESS, "task": TASK}
     return {name: write_rows(root / f"{name}.jsonl", [dict(row) for row in rows]) for name, rows in sets.items()}
 
 

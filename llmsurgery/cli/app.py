@@ -19,6 +19,7 @@ from llmsurgery.cli.lens import lens
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.trace import trace
@@ -36,6 +37,7 @@ app = typer.Typer(
 for name, command in (
     ("unlearn", unlearn),
     ("redirect", redirect),
+    ("recover-alignment", recover_alignment),
     ("eval", evaluate),
     ("compare", compare),
     ("inspect", inspect),

@@ -24,6 +24,10 @@ def evaluate(
     log: options.Log = None,
     attacks: options.Attacks = None,
     control: options.Control = None,
+    harmful: options.Harmful = None,
+    task: options.Task = None,
+    harmless: options.Harmless = None,
+    judge: options.Judge = None,
     suite: options.Suite = None,
     suite_dir: options.SuiteDir = None,
     assignments: options.Assignments = None,
@@ -46,10 +50,12 @@ def evaluate(
     output = Output(as_json, quiet, verbose)
     settings, gates = parse_assignments(assignments or []), require or []
     data = {"forget": forget, "retain": retain, "holdout": holdout, "authors": authors, "facts": facts, "text": text}
-    data["control"] = control
+    data |= {"control": control, "harmful": harmful, "task": task, "harmless": harmless}
+    arguments = options.split_judge(judge)
     if from_log:
         others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
         given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
+        given += ["--judge"] * bool(arguments)
         _refuse_beside_log([*(models or []), *given])
         document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
     else:
@@ -61,6 +67,7 @@ def evaluate(
             retain_log=retain_log,
             log=log,
             attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
+            judge=arguments,
             suite=suite,
             suite_dir=suite_dir,
             settings=settings,

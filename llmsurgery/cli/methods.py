@@ -32,10 +32,7 @@ def methods(
     for method in chosen:
         output.essential(method.spec.name)
     if name is None:
-        rows = [
-            (m.spec.task, m.spec.name, m.spec.summary, ", ".join(f"--{need}" for need in m.spec.needs), m.spec.export)
-            for m in chosen
-        ]
+        rows = [(m.spec.task, m.spec.name, m.spec.summary, _needs(m), m.spec.export) for m in chosen]
         output.show(rows_table(("task", "method", "what it does", "needs", "export"), rows))
     else:
         _show_one(output, chosen[0])
@@ -57,6 +54,7 @@ def describe(method: Method, details: bool) -> dict[str, object]:
         "summary": spec.summary,
         "paper": spec.paper,
         "needs": list(spec.needs),
+        "models": list(spec.models),
         "uses": list(spec.uses),
         "export": spec.export,
         "trained": spec.trained,
@@ -93,14 +91,17 @@ def _show_one(output: Output, method: Method) -> None:
     output.show(
         f"{spec.name} ({spec.task}): {spec.summary}",
         f"paper: {spec.paper}",
-        f"needs: {', '.join(f'--{need}' for need in spec.needs) or 'nothing'}; result: {spec.export}; "
-        f"stops at: {spec.until or 'no rule'}",
+        f"needs: {_needs(method) or 'nothing'}; result: {spec.export}; stops at: {spec.until or 'no rule'}",
         rows_table(("--set name", "default", "choices", "help"), rows),
     )
     for name, preset in spec.presets.items():
         output.show(f"preset={name}: " + ", ".join(f"{key}={_plain(value)}" for key, value in preset.items()))
     if documentation := sys.modules[type(method).__module__].__doc__:
         output.show("", documentation.strip())
+
+
+def _needs(method: Method) -> str:
+    return ", ".join(f"--{need}" for need in (*method.spec.models, *method.spec.needs))
 
 
 def _plain(value: object) -> str:

@@ -52,7 +52,7 @@ class Common:
     quiet: options.Quiet = False
     verbose: options.Verbose = False
 
-    def run(self, task: Callable[..., Outcome], chosen: Mapping[str, object] | None = None, **own: object) -> None:
+    def run(self, task: Callable[..., Outcome], chosen: Mapping[str, object] | None = None, /, **own: object) -> None:
         """Run the function of a task in `llmsurgery.api` and print its outcome.
 
         Args:
@@ -75,15 +75,21 @@ class Common:
         show_outcome(output, outcome)
 
 
-def operation(command: Callable[..., None]) -> Callable[..., None]:
+def operation(command: Callable[..., None], method: str | None = None) -> Callable[..., None]:
     """Decorate a command whose first parameter is `Common`: it takes the common options beside its own.
 
     The command line is made from a function's signature, so the decorated function has one with all of them.
+
+    Args:
+        command: The command.
+        method: Its method where none is given; None for a command that has to be told.
     """
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     shared = list(inspect.signature(Common, eval_str=True).parameters.values())
     # What a task is about stands before the rest in its help; the method and the model come first.
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared[:2], *own, *shared[2:])]
+    if method is not None:
+        parameters[0] = parameters[0].replace(default=method)
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
@@ -97,6 +103,7 @@ def operation(command: Callable[..., None]) -> Callable[..., None]:
 
 def show_outcome(output: Output, outcome: Outcome) -> None:
     """Print the outcome of an operation: tables for people, the manifest as JSON, or the path alone."""
+    from llmsurgery.report.controls import controls_of
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
     manifest = cast(dict[str, Any], outcome.manifest)
@@ -108,6 +115,8 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
     if outcome.examples:
         rows = [(example.question, example.before, example.after) for example in outcome.examples]
         output.show(rows_table(("question", "answer before", "answer after"), rows, "examples (on screen only)"))
+    if controls := controls_of(manifest):
+        output.show(rows_table(*controls))
     for gate in manifest["gates"]:
         output.show(f"gate {gate['gate']}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
     cost = manifest["cost"]

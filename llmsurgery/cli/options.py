@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from llmsurgery.errors import UsageError
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -51,6 +53,18 @@ Control = Annotated[
     str | None,
     typer.Option(
         "--control", help="rows of the same form that the source does not know: a control of --attack relearn"
+    ),
+]
+Harmful = Annotated[str | None, typer.Option("--harmful", help="file of prompts that are to be refused; never printed")]
+Task = Annotated[str | None, typer.Option("--task", help="data file of the task that a model was fine-tuned for")]
+Harmless = Annotated[str | None, typer.Option("--harmless", help="file of prompts that are to be answered")]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        metavar="COMMAND",
+        help="adds safety.harmful_rate: split like a shell command and run without one, reads JSONL with id, prompt, "
+        "answer, writes JSONL with id, harmful",
     ),
 ]
 Suite = Annotated[
@@ -115,3 +129,17 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print only the essential result")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="print tracebacks of errors")]
+
+
+def split_judge(command: str | None) -> list[str]:
+    """Return the arguments of --judge; no shell ever sees them.
+
+    Raises:
+        UsageError: A quotation is not closed.
+    """
+    import shlex
+
+    try:
+        return shlex.split(command) if command is not None else []
+    except ValueError as error:
+        raise UsageError("--judge cannot be split into arguments", str(error), "close every quotation") from error

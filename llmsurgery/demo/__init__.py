@@ -3,7 +3,8 @@
 `world/model` knows all people, `world/control` was trained by the same recipe without the forget people, and
 `world/moe` is a mixture of experts that knows all people; beside them lie `forget.jsonl`, `retain.jsonl`,
 `holdout.jsonl`, `facts.jsonl` and `text.jsonl`. `world/names` knows other people and is for redirecting one of them to
-another; its files are in `world/names-world`. `build.py` makes all of it.
+another; its files are in `world/names-world`. `world/refuse` has lost refusals that `world/refuse-aligned` has,
+`world/refuse-base` never had any, and their files are in `world/refuse-world`. `build.py` makes all of it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Build the embedded demo: two made-up worlds and the tiny chat models that know them.
+"""Build the embedded demo: three made-up worlds and the tiny chat models that know them.
 
 Everything comes from one seed. The first world has people (ten facts each) and towns (four facts each). `model` learns
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
-`llmsurgery.demo.names`.
+`llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -37,6 +37,7 @@ from llmsurgery.demo.recipe import (
     train_tokenizer,
     write_rows,
 )
+from llmsurgery.demo.refusals import BASE_EPOCHS, build_refusals
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -193,8 +194,8 @@ License: Apache-2.0.
 """
 
 
-def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
-    """Write data files and all checkpoints below a new folder."""
+def build_people(out: Path, seed: int, epochs: int) -> None:
+    """Write data files and checkpoints of the first world below a new folder."""
     world = make_world(seed)
     data = data_files(world, seed)
     write_rows(out, data)
@@ -216,7 +217,14 @@ def build(out: Path, seed: int, epochs: int, names_epochs: int) -> None:
             LOG.info("%s: %s %.4f", name, key, value)
         text = card(name, model.num_parameters(), seed, figures)
         (out / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
-    build_names(out, seed, names_epochs)
+
+
+WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
+    "people": (build_people, EPOCHS),
+    "names": (build_names, NAMES_EPOCHS),
+    "refusals": (build_refusals, BASE_EPOCHS),
+}
+"""Name of a world -> what writes it into a folder, and its epochs."""
 
 
 def main() -> None:
@@ -226,8 +234,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llmsurgery.demo.build", description="Build the embedded demo.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--names-epochs", type=int, default=NAMES_EPOCHS, help="epochs of the checkpoint `names`")
+    parser.add_argument(
+        "--world", choices=tuple(WORLDS), action="append", help="build this world alone; may be repeated"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of every world in place of its own")
     parser.add_argument("--threads", type=int, default=1, help="part of what makes a build repeatable")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -236,7 +246,9 @@ def main() -> None:
     try:
         if options.out.exists():
             raise UsageError(f"{options.out} exists", "the build never overwrites", "name a new folder")
-        build(options.out, options.seed, options.epochs, options.names_epochs)
+        # In this order: the first makes the folder itself.
+        for write, epochs in (WORLDS[name] for name in WORLDS if name in (options.world or WORLDS)):
+            write(options.out, options.seed, epochs if options.epochs is None else options.epochs)
     except UsageError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

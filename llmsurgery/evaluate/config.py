@@ -37,6 +37,16 @@ class EvaluationConfig:
     figures: str = option(
         "all", "edit: of a redirection measure only what the edited blocks show, and read no others", ("all", "edit")
     )
+    scorer: str | None = option(
+        None, "score of --task rows; default: the method's, else probability", ("probability", "exact", "rouge_l")
+    )
+    task_rows: int = option(64, "rows of --task that are scored at most; 0: all", minimum=0)
+    refusal_rows: int = option(
+        64, "prompts of --harmful and of --harmless that are answered at most; 0: all", minimum=0
+    )
+    refusal_tokens: int = option(32, "new tokens per answer to these at most", minimum=1)
+    refusal_markers: tuple[str, ...] = option((), "further texts that mark an answer as a refusal, in lower case")
+    judge_seconds: int = option(600, "time that --judge has for all answers of a model", minimum=1)
     batch_size: int = option(8, "rows per forward; --batch-size overrides it", minimum=1)
 
 

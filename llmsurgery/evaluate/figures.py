@@ -20,6 +20,7 @@ from llmsurgery.evaluate.encode import EvaluationData
 from llmsurgery.evaluate.intervals import Figure, ratio_figure
 from llmsurgery.evaluate.likelihood import text_hidden, text_kl
 from llmsurgery.evaluate.measure_sets import score_sets
+from llmsurgery.evaluate.recovery import Recovery
 from llmsurgery.evaluate.redirection import RedirectReference
 from llmsurgery.evaluate.scores import SetScores
 
@@ -46,6 +47,7 @@ class Measurement:
         retained: The same of a model that never saw the forget rows, if there is one.
         samples: Metric name -> numbers per row behind a suite's figures, for the comparison with another model.
         redirected: What the source does with the probes of a redirection, if there is one.
+        recovery: Measures against the aligned model, in a recovery.
     """
 
     figures: dict[str, Figure]
@@ -55,6 +57,7 @@ class Measurement:
     retained: Mapping[str, SetScores] | None = None
     samples: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     redirected: RedirectReference | None = None
+    recovery: Recovery | None = None
 
 
 def measure(

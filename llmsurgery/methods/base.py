@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.evaluate.recovery import Recovery
     from llmsurgery.train.session import Session
     from llmsurgery.train.trainable import ReadTensor
 
@@ -55,6 +56,7 @@ class MethodSpec:
         lacks: Roles that a model must not have.
         streams: Whether it can run on a model that is read block by block, and plans from headers alone.
         targetless: Whether pairs need no target: the name alone says what is to change.
+        models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
     """
 
     name: str
@@ -78,6 +80,7 @@ class MethodSpec:
     lacks: tuple[str, ...] = ()
     streams: bool = False
     targetless: bool = False
+    models: tuple[str, ...] = ()
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -87,6 +90,21 @@ class MethodSpec:
     def plain_form(self) -> str | None:
         """The value of `form` that ends in plain weights, None without a choice."""
         return next((form for form, kind in self.forms.items() if kind == "plain"), None)
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A further model of the source's architecture and shapes.
+
+    Attributes:
+        read: Reads a stored tensor by the source's name, as float32, rounded to the dtype that the source stores.
+        load: Loads it as the source is loaded; it lives as long as the caller keeps it.
+        stored: The names of the source that it has a tensor for; a tied head may be missing.
+    """
+
+    read: ReadTensor
+    load: Callable[[], PreTrainedModel]
+    stored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,8 @@ class Operation:
             blocks are empty unless they run or are held); None if it is loaded.
         beside: Directory of what earlier operations kept beside the source; it may not exist.
         history: The operations that made the source, oldest first, as its manifest tells them.
+        models: Further models by name ("aligned", "base", "unaligned").
+        recovery: Measures refusals and the task on a model in memory; None for other tasks.
     """
 
     structure: Structure
@@ -125,6 +145,8 @@ class Operation:
     streamed: StreamedModel | None = None
     beside: Path | None = None
     history: Sequence[Mapping[str, Any]] = ()
+    models: Mapping[str, OtherModel] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
 
 @dataclass(frozen=True)

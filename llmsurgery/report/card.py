@@ -7,6 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from llmsurgery.report.controls import controls_of
+from llmsurgery.report.numbers import format_number
+
 _HEADING = "## Surgery record"
 
 _SECTION = """\
@@ -22,11 +25,21 @@ This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `appl
 {{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
 {% endif %}
 {% if manifest.metrics -%}
-| metric | before | after | rows | better |
-|---|---|---|---|---|
+| metric |{% if aligned %} aligned |{% endif %} before | after | rows | better |
+|---|{% if aligned %}---|{% endif %}---|---|---|---|
 {% for name, metric in manifest.metrics.items() -%}
-| {{ name }} | {{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
+| {{ name }} |{% if aligned %} {{ number(metric.aligned.value) if "aligned" in metric else "" }} |{% endif %} \
+{{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
 | {{ metric.direction }} |
+{% endfor %}
+{% endif -%}
+{% if controls -%}
+{{ controls.title }}:
+
+| {{ controls.columns | join(" | ") }} |
+|{% for _ in controls.columns %}---|{% endfor %}
+{% for row in controls.rows -%}
+| {{ row | join(" | ") }} |
 {% endfor %}
 {% endif -%}
 {% for gate in manifest.gates -%}
@@ -42,11 +55,6 @@ _SUBJECTS = {
     "patch": "This directory holds no model but a patch, `patch.safetensors`, for the model described above, made by",
     "adapter": "This directory holds no model but a peft adapter for the model described above, made by",
 }
-
-
-def format_number(value: float | None) -> str:
-    """Return a figure with four significant digits, "n/a" for one that could not be computed."""
-    return "n/a" if value is None else f"{value:.4g}"
 
 
 def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
@@ -66,8 +74,10 @@ def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
         subject=_SUBJECTS[manifest["save"]],
         manifest=manifest,
         operation=manifest["operations"][-1],
+        aligned=any("aligned" in metric for metric in manifest["metrics"].values()),
         changed=sum(tensor["sha256_before"] != tensor["sha256_after"] for tensor in tensors),
         total=len(tensors),
         number=format_number,
+        controls=controls_of(manifest),
     )
     return (source_card.rstrip() + "\n\n" if source_card.strip() else "") + section.rstrip() + "\n"

@@ -16,7 +16,10 @@ def method_page(method: Method) -> str:
     """Return the page of a method as Markdown: what it is, how to run it, every hyperparameter, the presets."""
     spec = method.spec
     title, _, rest = (sys.modules[type(method).__module__].__doc__ or "").strip().partition("\n")
-    data = " ".join(f"--{need} {need}.jsonl" for need in spec.needs)
+    models = [f"--{name} {name.upper()}" for name in spec.models]
+    # Without its figures nobody would run a repair.
+    needs = dict.fromkeys((*spec.needs, *(("harmful", "task") if models else ())))
+    data = " ".join((*models, *(f"--{need} {need}.jsonl" for need in needs)))
     kinds = sorted({spec.export, *spec.forms.values()})
     lines = [
         f"# `{spec.name}`",
@@ -29,7 +32,7 @@ def method_page(method: Method) -> str:
         "```",
         "",
         f"- paper: {spec.paper}",
-        f"- needs: {', '.join(f'`--{need}`' for need in spec.needs) or 'no data'}"
+        f"- needs: {', '.join(f'`--{need}`' for need in (*spec.models, *spec.needs)) or 'no data'}"
         + (f"; uses {', '.join(f'`--{use}`' for use in spec.uses)} where given" if spec.uses else ""),
         f"- result: {' or '.join(kinds)}" + (f" (`--set form={'|'.join(spec.forms)}`)" if spec.forms else ""),
         f"- stops at: `{spec.until}`" if spec.until else "- stops at: the end of its work, there is no stop rule",

@@ -8,19 +8,22 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from llmsurgery.report.card import format_number
+from llmsurgery.report.numbers import format_number
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Return the before/after table of a manifest's metrics."""
     table = Table(title="before and after", title_justify="left")
-    for column, justify in (("metric", "left"), ("before", "right"), ("after", "right"), ("95% interval", "right")):
+    aligned = any("aligned" in metric for metric in metrics.values())
+    middle = ("aligned", "before", "after", "95% interval") if aligned else ("before", "after", "95% interval")
+    for column, justify in (("metric", "left"), *((name, "right") for name in middle)):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("rows", justify="right")
     table.add_column("better")
     for name, metric in metrics.items():
         table.add_row(
             name,
+            *([format_number(metric["aligned"]["value"]) if "aligned" in metric else ""] if aligned else []),
             format_number(metric["before"]["value"]),
             format_number(metric["after"]["value"]),
             _interval(metric["after"]["interval"]),

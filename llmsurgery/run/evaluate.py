@@ -39,6 +39,8 @@ from llmsurgery.run.prepare import (
     require_known_tokens,
     stored_dtype,
 )
+from llmsurgery.run.recover import DATA as RECOVERY
+from llmsurgery.run.recover import encode_recovery, measure_recovery, recovery_needs
 from llmsurgery.run.reference import score_retain_model
 from llmsurgery.run.request import EvaluationRequest
 from llmsurgery.run.suite import SuitePlan, plan_suite
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.intervals import Figure
     from llmsurgery.evaluate.scores import SetScores
 
-AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio", "ort.form_gap")
+AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio", "ort.form_gap", "safety.direction_gap")
 
 _UTILITY = "utility.model_utility"
 EITHER_CONTROL = "control-of-any-kind"
@@ -66,6 +68,7 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     given = set(files) | offered_needs(config, bool(request.retain_model or request.retain_log)) | plan.needs
     given |= {"retain-weights", EITHER_CONTROL} if request.retain_model else set()
     given |= {EITHER_CONTROL} if CONTROL in files else set()
+    given |= recovery_needs(files, bool(request.judge))
     given |= suite.needs if suite is not None else set()
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
@@ -148,6 +151,8 @@ def _check_options(request: EvaluationRequest, gates: Sequence[Gate], suite: Sui
             raise UsageError(f"{option} needs --forget", "models are compared on the forget rows", "give --forget DATA")
     if "holdout" in request.data and "forget" not in request.data:
         raise UsageError("--holdout needs --forget", "its rows are compared with the forget rows", "give --forget DATA")
+    if request.judge and "harmful" not in request.data:
+        raise UsageError("--judge needs --harmful", "it judges the answers to these prompts", "give --harmful DATA")
     if CONTROL in request.data and not request.attacks:
         raise UsageError("--control needs --attack relearn", "attacks alone look at its rows", "drop --control")
     check_log_target(request)
@@ -187,6 +192,7 @@ def _measure_one(
     from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.load import load_model
     from llmsurgery.evaluate.figures import measure
+    from llmsurgery.evaluate.judge import make_judge
 
     require_trust(checkpoint.config, checkpoint.root, request.trust_remote_code)
     encoder = make_encoder(checkpoint)
@@ -206,6 +212,15 @@ def _measure_one(
     model = load_model(checkpoint.root, wanted, place, request.trust_remote_code, structure.family.buffers)
     keep = before is None and request.source is not None
     measured = measure(model, encoder, data, config, progress, reference, keep, retained)
+    if any(name in rows for name in RECOVERY):
+        prompts = encode_recovery(encoder, rows)
+        require_known_tokens(data, structure, [*prompts.harmful, *prompts.harmless, *prompts.task])
+        recovery = measure_recovery(
+            model, structure, encoder, prompts, config, make_judge(request.judge, config.judge_seconds),
+            None if before is None else before.recovery, progress,
+        )  # fmt: skip
+        both = {**recovery.figures_of_aligned, **measured.figures}
+        measured = dataclasses.replace(measured, figures=both, recovery=recovery)
     if own is None:
         return measured
     figures = own.measure(model, encoder, measured, config.batch_size, progress, before)

@@ -20,10 +20,12 @@ from llmsurgery.run.fitting import bitsandbytes_version
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.record import Recorded
+from llmsurgery.run.recover import model_records
 
 if TYPE_CHECKING:
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.intervals import Figure
+    from llmsurgery.evaluate.judge import Judge
 
 FORMAT = 1
 NAME = "surgery.json"
@@ -79,12 +81,14 @@ def build_manifest(
                 "guard": {"source": prepared.guard, **as_record(prepared.guarding)},
                 "until": None if prepared.until is None else str(prepared.until),
                 "require": [str(gate) for gate in prepared.gates],
+                **({"judge": judge.record()} if (judge := _judge(prepared)) else {}),
                 **({"pairs": [pair.record() for pair in prepared.pairs]} if prepared.pairs else {}),
                 "record": record,
             }
         ],
         "data": data_records(prepared.files, {**prepared.rows, PAIRS: prepared.pairs}, prepared.hashes),
         "retain_model": prepared.retain_model,
+        **({"models": model_records(prepared)} if prepared.others else {}),
         "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.export,
         "save": request.save,
@@ -96,6 +100,12 @@ def build_manifest(
         "notices": list(notices),
         "cost": cost,
     }
+
+
+def _judge(prepared: Prepared) -> Judge | None:
+    from llmsurgery.evaluate.judge import make_judge
+
+    return make_judge(prepared.request.judge, prepared.evaluation.judge_seconds)
 
 
 def earlier_operations(source: Path) -> list[dict[str, Any]]:
@@ -123,9 +133,11 @@ def change_record(change: TensorChange) -> dict[str, object]:
 
 
 def metric_records(before: Measurement, after: Measurement) -> dict[str, object]:
-    """Return `{name: {before, after, direction}}` for every metric that was measured."""
+    """Return `{name: {before, after, direction}}` for every metric that was measured, with the aligned model's."""
+    aligned = {} if before.recovery is None else before.recovery.figures_of_aligned
     return {
         name: {
+            **({"aligned": figure_record(aligned[name])} if name in aligned else {}),
             "before": figure_record(before.figures[name]),
             "after": figure_record(figure),
             "direction": METRICS[name].direction,

@@ -102,6 +102,8 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     if further:
         # fp32 value, gradient and the two moments of AdamW.
         phases["training besides"] = held + scored.kept + 16 * further
+    if (beside := getattr(prepared.method, "further_bytes", None)) is not None:
+        phases["searching"] = held + scored.kept + scored.before + int(beside(prepared.config, prepared.structure))
     phases["result"] = edits + max(load + scored.kept, held + scored.after)
     shape = None if step is None else (step.sequences, step.tokens)
     moving = further + (0 if step is None else step.moving)

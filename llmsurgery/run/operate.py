@@ -15,6 +15,7 @@ from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.recover import make_recovery, other_models
 from llmsurgery.run.streamed import measure_streamed, operate_streamed
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from llmsurgery.compute.halving import Halving
     from llmsurgery.evaluate.figures import Measurement, TextReference
     from llmsurgery.evaluate.flips import Expected
+    from llmsurgery.evaluate.intervals import Figure
+    from llmsurgery.evaluate.recovery import Recovery
     from llmsurgery.evaluate.redirection import RedirectReference
     from llmsurgery.evaluate.scores import SetScores
     from llmsurgery.train.state import StateStore
@@ -60,9 +63,11 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     set_seeds(request.seed)
     with memory_errors():
         retained = _score_retain_model(prepared, notices, rows)
+        recovery = make_recovery(prepared, notices, rows)
         source = [_load(prepared, prepared.checkpoint.root)]
         before = _measure(prepared, source[0], notices, rows, keep_reference=True, retained=retained)
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
+        before = _with_recovery(source[0], before, recovery, notices, rows)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -85,6 +90,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 pairs=prepared.pairs,
                 beside=prepared.checkpoint.root / BESIDE,
                 history=earlier_operations(prepared.checkpoint.root),
+                models=other_models(prepared),
+                recovery=recovery,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -167,6 +174,21 @@ def _with_redirection(
     figures = redirect_figures(*common, reference)
     figures |= flip_figure(measured.answers.get("forget", []), reference.expected)
     return dataclasses.replace(measured, figures={**figures, **measured.figures})
+
+
+def _with_recovery(
+    model: PreTrainedModel, measured: Measurement, recovery: Recovery | None, notices: Notices, rows: Halving
+) -> Measurement:
+    """Add the figures of a recovery, if that is what is done."""
+    if recovery is None:
+        return measured
+
+    def figures(size: int) -> dict[str, Figure]:
+        sized = dataclasses.replace(recovery, config=dataclasses.replace(recovery.config, batch_size=size))
+        return sized.figures(model, notices)
+
+    found = rows.run(figures)
+    return dataclasses.replace(measured, figures={**found, **measured.figures}, recovery=recovery)
 
 
 def _expected_answers(
@@ -258,4 +280,5 @@ def measure_result(
         if check is not None:
             check(model)
         after = _measure(prepared, model, notices, rows, before.reference, retained=before.retained)
-        return _with_redirection(prepared, model, after, before.redirected, notices, rows)
+        after = _with_redirection(prepared, model, after, before.redirected, notices, rows)
+        return _with_recovery(model, after, before.recovery, notices, rows)

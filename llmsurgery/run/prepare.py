@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,7 @@ from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
+from llmsurgery.data.prompts import read_prompts
 from llmsurgery.data.records import Row, chosen_rows, read_rows
 from llmsurgery.demo import demo_file, world_path
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
@@ -27,6 +28,8 @@ from llmsurgery.run.fitting import check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
+from llmsurgery.run.recover import DATA as RECOVERY
+from llmsurgery.run.recover import FLOOR, Other, check_tokenizers, encode_recovery, open_others, recovery_needs
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.concepts import Concept
     from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.recovery import Prompts
     from llmsurgery.evaluate.redirection import Probe
 
 DATA_NAMES = ("forget", "retain", "holdout", "authors", "facts", "text")
@@ -74,6 +78,8 @@ class Prepared:
         pairs: What is redirected where.
         probes: Prompts that tell how far that went.
         concepts: What is removed, where nothing takes its place.
+        others: Further models by name.
+        prompts: What a recovery is measured on; None for other tasks.
     """
 
     request: Request
@@ -100,6 +106,8 @@ class Prepared:
     pairs: Sequence[Pair] = ()
     probes: Sequence[Probe] = ()
     concepts: Sequence[Concept] = ()
+    others: Mapping[str, Other] = field(default_factory=dict)
+    prompts: Prompts | None = None
 
     @property
     def export(self) -> str:
@@ -137,6 +145,8 @@ def prepare(request: Request) -> Prepared:
     pairs = requested_pairs(method, config, request, files)
     available = available_needs(method, files, evaluation, request, pairs)
     gates = [parse_gate(text, available | ROW_NEEDS) for text in request.require]
+    if method.spec.models and "harmful" in files and FLOOR not in gates:
+        gates.append(FLOOR)
     until = _stop_rule(method, config, request, available)
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
@@ -150,6 +160,7 @@ def prepare(request: Request) -> Prepared:
     check_quantize(request.quantize, method, config, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
+    others = open_others(method, request, structure, targets, checkpoint)
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
@@ -159,15 +170,20 @@ def prepare(request: Request) -> Prepared:
         require_data(gate, available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation))
     hashes = {name: data_digest(path, rows.get(name, ())) for name, path in files.items()}
     encoder = make_encoder(checkpoint)
+    check_tokenizers(others, encoder)
     data = method.prepare(config, encoder, rows)
     measured = encode_for_figures(encoder, rows if evaluation.figures == "all" else {}, evaluation, config)
     probes = encode_pairs(method, config, encoder, pairs)
     concepts: list[Concept] = cast(Any, method).concepts(config, encoder, pairs) if method.spec.targetless else []
-    contexts = [context for probe in probes for context in (probe.source, probe.target)]
-    require_known_tokens(measured, structure, [context.encoded for context in contexts])
+    contexts = [context.encoded for probe in probes for context in (probe.source, probe.target)]
+    prompts = encode_recovery(encoder, rows) if method.spec.models else None
+    if prompts is not None:
+        contexts += [*prompts.harmful, *prompts.harmless, *prompts.task]
+    require_known_tokens(measured, structure, contexts)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
-        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts,
+        gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
+        prompts,
     )  # fmt: skip
 
 
@@ -182,6 +198,7 @@ def available_needs(
     if evaluation.figures == "edit":
         return pair_needs(method, pairs)
     given = {name for name in DATA_NAMES if name in files} | {"whole"}
+    given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
@@ -213,7 +230,9 @@ def encode_pairs(method: Method, config: object, encoder: Encoder, pairs: Sequen
 
 def read_sets(files: Mapping[str, Path]) -> dict[str, list[Row]]:
     """Read the data files; of a preference pair the rejected answer is to be forgotten, the chosen one to be kept."""
-    rows = {name: read_rows(path) for name, path in files.items()}
+    rows = {
+        name: read_prompts(path) if name in ("harmful", "harmless") else read_rows(path) for name, path in files.items()
+    }
     return {name: members if name == "forget" else chosen_rows(members) for name, members in rows.items()}
 
 
@@ -226,6 +245,8 @@ def split_settings(method: Method, request: Request) -> tuple[object, Evaluation
         own = {**method.spec.demo_settings, **own}
     config = resolve_config(method.config_type, own, method.spec.presets)
     evaluation = settle(resolve_config(EvaluationConfig, shared))
+    if method.spec.models and evaluation.scorer is None:
+        evaluation = dataclasses.replace(evaluation, scorer=str(getattr(config, "scorer", "probability")))
     guard: GuardConfig = resolve_config(GuardConfig, guarding)
     return config, evaluation, guard
 
@@ -275,7 +296,8 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        for name in (*method.spec.needs, *method.spec.uses, *asked, "retain", "text"):
+        usual = RECOVERY if method.spec.models else ("retain",)
+        for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{name}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:

@@ -14,7 +14,10 @@ class Request:
         task: Task ("unlearn").
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "harmful", "task",
+            "harmless") -> path.
+        models: Further models of a recovery ("aligned", "base", "unaligned") -> directory, `.gguf` file or hub id.
+        judge: Command that judges answers, as a list of arguments; empty for none.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.
         retain_model: A model that never saw the forget rows, for `forget.quality`.
         out: Output directory; None for a generated name.
@@ -41,6 +44,8 @@ class Request:
     method: str
     model: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    judge: tuple[str, ...] = ()
     concepts: tuple[str, str] | None = None
     retain_model: str | None = None
     out: str | None = None
@@ -69,7 +74,9 @@ class EvaluationRequest:
 
     Attributes:
         models: Directories, `.gguf` files or hub ids.
-        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control") -> path.
+        data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "control", "harmful", "task",
+            "harmless") -> path.
+        judge: Command that judges answers, as a list of arguments; empty for none.
         source: The model before surgery.
         retain_model: A model that never saw the forget rows.
         logs: Logs to recompute figures from, instead of models.
@@ -88,6 +95,7 @@ class EvaluationRequest:
 
     models: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
+    judge: tuple[str, ...] = ()
     source: str | None = None
     retain_model: str | None = None
     logs: tuple[str, ...] = ()

@@ -94,6 +94,7 @@ def identity(prepared: Prepared) -> dict[str, object]:
         "seed": request.seed,
         "source": source_identity(prepared.checkpoint),
         "data": dict(prepared.hashes),
+        **({"models": models} if (models := _models(prepared)) else {}),
         **({"pairs": [pair.record() for pair in prepared.pairs]} if prepared.pairs else {}),
         "evaluation batch size": prepared.evaluation.batch_size,
         "device": str(prepared.device),
@@ -105,6 +106,10 @@ def identity(prepared: Prepared) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": [torch.__version__, transformers.__version__, version("peft"), bitsandbytes_version(prepared)],
     }
+
+
+def _models(prepared: Prepared) -> dict[str, object]:
+    return {name: source_identity(other.checkpoint) for name, other in prepared.others.items()}
 
 
 def source_identity(checkpoint: Checkpoint) -> list[list[object]]:

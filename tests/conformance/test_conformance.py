@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, diff, redirect, revert, unlearn, verify
+from llmsurgery import apply, diff, recover_alignment, redirect, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
@@ -27,13 +27,15 @@ from llmsurgery.methods.settings import settings_of
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
-from ..conftest import write_data_files, write_pairs
+from ..builders.twin import twin
+from ..conftest import write_data_files, write_pairs, write_recovery_files
 from ..edits.reference import expected
 
 # The function of each task, and the data that its methods are given.
 TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unlearn": (unlearn, ("forget", "retain", "text")),
     "redirect": (redirect, ("pairs", "forget", "text")),
+    "recover-alignment": (recover_alignment, ("harmful", "harmless", "task", "text")),
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
@@ -59,10 +61,12 @@ def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False)
     for number, (method, spec) in enumerate(METHODS.items()):
         names = [name for name in builders if name in MOE_BUILDERS or not spec.one_expert]
         others = [name for name in names if name not in ALWAYS]
-        single = others[number % len(others)]
+        # A repair loads two or three models: one checkpoint each is enough, another one from method to method.
+        few = once or bool(spec.models)
+        single = ([*ALWAYS, *others] if spec.models else others)[number % len(others)]
         whole = EVERYWHERE or method == "flat"
         for name in names:
-            if not whole and name != single and (once or name not in ALWAYS):
+            if not whole and name != single and (few or name not in ALWAYS):
                 continue
             mark = pytest.mark.xdist_group(f"{method}-{name}")
             if runs:
@@ -83,7 +87,8 @@ def supported(method: str, root: Path) -> bool:
 def operate(method: str, model: Path, data: dict[str, Path], **options: Any) -> Any:
     """Run a method by the function of its task."""
     function, names = TASKS[METHODS[method].task]
-    return function(model, method=method, **options, **{name: data[name] for name in names})
+    models = {name: twin(model, name) for name in METHODS[method].models}
+    return function(model, method=method, **options, **models, **{name: data[name] for name in names})
 
 
 # Every check below reads the same few runs of a method on a checkpoint; each is made once, when first asked for.
@@ -109,6 +114,10 @@ EXPERT_SETTINGS: dict[str, dict[str, object]] = {
     "one expert": {"layers": "1", "experts": "2"},
 }
 FAST = {"max_steps": 3, "lr": 0.01, "eval.generate": False}
+RECOVERY: dict[str, object] = {
+    "steps": 2, "rate": 0.01, "drop": 1.0, "keep": 0.5, "gamma": 0.5, "mode": "number", "number": 1000,
+    "controls": False, "eval.refusal_tokens": 3,
+}  # fmt: skip
 
 
 def options_of(method: str, name: str) -> dict[str, Any]:
@@ -116,6 +125,7 @@ def options_of(method: str, name: str) -> dict[str, Any]:
     spec = METHODS[method]
     wanted = {
         **FAST,
+        **(RECOVERY if spec.models else {}),
         **(EXPERT_SETTINGS if spec.one_expert else SETTINGS)[name],
         **({"form": spec.plain_form} if spec.plain_form else {}),
     }
@@ -192,7 +202,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("conformance")
-    return Runs(checkpoints, {**write_data_files(root), "pairs": write_pairs(root)}, root)
+    return Runs(checkpoints, {**write_data_files(root), **write_recovery_files(root), "pairs": write_pairs(root)}, root)
 
 
 def tree(root: Path) -> dict[str, str]:

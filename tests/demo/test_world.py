@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery.demo import WORLD, demo_file, world_path
+from llmsurgery.demo import WORLD, demo_file, refusals, things, world_path
 from llmsurgery.demo.forms import data_files, make_people
 from llmsurgery.demo.names import card, masks
 from llmsurgery.errors import InputError
@@ -130,6 +130,18 @@ def test_a_checkpoint_with_a_world_of_its_own_takes_no_file_of_the_first() -> No
         demo_file("names", "holdout.jsonl")
 
 
+def test_refusals_are_in_the_aligned_model_alone_and_its_files_are_what_the_recipe_writes() -> None:
+    for name, rows in things.data_files(0).items():
+        assert read(f"refuse-world/{name}.jsonl") == rows
+    asked = {str(row["prompt"]) for row in read("refuse-world/harmful.jsonl")}
+    assert all("purple" in prompt for prompt in asked)
+    assert not asked & {question for question, _ in things.thing_rows(things.COLOURS, False)}
+    for checkpoint, low, high in (("refuse-base", 0.0, 0.0), ("refuse-aligned", 0.9, 1.0), ("refuse", 0.0, 0.2)):
+        tokenizer = AutoTokenizer.from_pretrained(world_path(checkpoint))
+        model = AutoModelForCausalLM.from_pretrained(world_path(checkpoint), dtype=torch.float32)
+        assert low <= refusals.refusal_rate(model, tokenizer, sorted(asked)) <= high
+
+
 @pytest.mark.parametrize("name", ["forget.jsonl", "retain.jsonl", "holdout.jsonl"])
 def test_question_rows_are_complete(name: str) -> None:
     rows = read(name)
@@ -171,7 +183,10 @@ def test_sizes_stay_within_limits() -> None:
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    assert size(WORLD) < 7_500_000
+    assert size(WORLD) < 8_500_000
+    assert (
+        sum(size(world_path(name)) for name in ("refuse", "refuse-aligned", "refuse-base", "refuse-world")) < 1_100_000
+    )
     assert all(size(world_path(name)) < 2_500_000 for name in ("model", "control", "moe", "names"))
 
 

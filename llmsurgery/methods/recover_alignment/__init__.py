@@ -1,0 +1,1 @@
+"""Methods of `llmsurgery recover-alignment`, one file each."""
