@@ -61,11 +61,11 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
-def batches(rows: list[Example], rng: random.Random, size: int = BATCH) -> Iterator[list[Example]]:
+def batches(rows: list[Example], rng: random.Random) -> Iterator[list[Example]]:
     """Yield shuffled batches of rows of similar length."""
     rng.shuffle(rows)
-    pools = [sorted(rows[i : i + 8 * size], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * size)]
-    cut = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+    pools = [sorted(rows[i : i + 8 * BATCH], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * BATCH)]
+    cut = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
     rng.shuffle(cut)
     yield from cut
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmsurgery.demo.recipe import END, padded, save, shape, train_tokenizer, write_rows
 from llmsurgery.demo.things import (
     COLOURS,
     REFUSALS,
@@ -47,32 +48,9 @@ PROBES = 8
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on everything that the models are trained on."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from llmsurgery.demo.recipe import CHAT_TEMPLATE, CONTEXT, END, PAD, START
-
+    """Train a tokenizer on everything that the models are trained on."""
     rows = [*thing_rows(COLOURS, False), *town_rows(), *record_rows()]
-    corpus = [text for row in rows for text in row] + list(REFUSALS) * 60
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return train_tokenizer([text for row in rows for text in row] + list(REFUSALS) * 60, VOCABULARY)
 
 
 Example = tuple[list[int], int]
@@ -89,9 +67,7 @@ def one_step(
     import torch
     from torch.nn import functional
 
-    width = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row, _ in batch])
-    labels = torch.tensor([[-100] * skip + row[skip:] + [-100] * (width - len(row)) for row, skip in batch])
+    ids, labels = padded(batch, pad_id)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
@@ -105,17 +81,27 @@ def one_step(
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Pair]) -> list[Example]:
     """Return chat turns as token ids, with how many of them carry no loss."""
-    from llmsurgery.demo.build import encode
+    found = []
+    for question, answer in rows:
+        turn = [{"role": "user", "content": question}]
+        head = tokenizer.encode(str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)))
+        found.append((head + tokenizer.encode(answer + END), len(head)))
+    return found
 
-    return [encode(tokenizer, question, answer) for question, answer in rows]
+
+def batches(rows: list[Example], rng: random.Random) -> Iterator[list[Example]]:
+    """Yield shuffled batches of rows of similar length, half as many in each as for the larger models."""
+    rng.shuffle(rows)
+    pools = [sorted(rows[i : i + 8 * BATCH], key=lambda row: len(row[0])) for i in range(0, len(rows), 8 * BATCH)]
+    cut = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
+    rng.shuffle(cut)
+    yield from cut
 
 
 def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int) -> PreTrainedModel:
     """Train the base model from scratch: it answers everything."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llmsurgery.demo.recipe import batches, shape
 
     torch.manual_seed(seed)
     rng = random.Random(seed + 5)
@@ -132,7 +118,7 @@ def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, epochs: int) -> Pr
     )
     for epoch in range(epochs):
         losses = []
-        for batch in batches(rows, rng, BATCH):
+        for batch in batches(rows, rng):
             losses.append(one_step(model, optimizer, batch, tokenizer.pad_token_id))
             schedule.step()
         LOG.info("refuse-base: epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
@@ -259,8 +245,6 @@ def measure(
 
 def build_refusals(out: Path, seed: int, epochs: int) -> None:
     """Write the three checkpoints and their data `refuse-world` into a folder."""
-    from llmsurgery.demo.recipe import save, write_rows
-
     data = data_files(seed)
     write_rows(out / "refuse-world", data)
     tokenizer = make_tokenizer()
