@@ -63,7 +63,7 @@ def test_heavy_imports_stand_at_module_level_only_where_they_may(path: Path) -> 
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["unlearn", "--help"], ["eval", "--help"], ["inspect", "--help"], ["methods"], ["methods", "flat"]]
-    + [[command, "--help"] for command in ("diff", "apply", "revert", "verify", "trace", "neurons", "lens")],
+    + [[command, "--help"] for command in ("diff", "apply", "revert", "verify", "trace", "neurons", "lens", "run")],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -19,8 +19,10 @@ from llmsurgery.cli.lens import lens
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.recipes import recipes
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
+from llmsurgery.cli.run import run_recipe
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -36,6 +38,8 @@ app = typer.Typer(
 for name, command in (
     ("unlearn", unlearn),
     ("redirect", redirect),
+    ("run", run_recipe),
+    ("recipes", recipes),
     ("eval", evaluate),
     ("compare", compare),
     ("inspect", inspect),

@@ -96,7 +96,7 @@ def operation(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def show_outcome(output: Output, outcome: Outcome) -> None:
-    """Print the outcome of an operation: tables for people, the manifest as JSON, or the path alone."""
+    """Print the outcome of an operation or recipe: tables for people, the manifest as JSON, or the path alone."""
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
     manifest = cast(dict[str, Any], outcome.manifest)
@@ -109,7 +109,8 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
         rows = [(example.question, example.before, example.after) for example in outcome.examples]
         output.show(rows_table(("question", "answer before", "answer after"), rows, "examples (on screen only)"))
     for gate in manifest["gates"]:
-        output.show(f"gate {gate['gate']}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
+        place = f" of step {gate['step']}" if gate.get("step") else ""
+        output.show(f"gate {gate['gate']}{place}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
     cost = manifest["cost"]
     output.show(
         f"{cost['seconds']:.1f} s, peak memory {cost['rss_bytes'] / 2**20:,.0f} MiB, "
