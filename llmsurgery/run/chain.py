@@ -18,7 +18,7 @@ from llmsurgery.checkpoint.target import Claim, make_partial, partial_of, remove
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.demo import world_path
-from llmsurgery.errors import GateError, UsageError
+from llmsurgery.errors import GateError, SurgeryError, UsageError
 from llmsurgery.evaluate.gates import Gate
 from llmsurgery.run.chain_manifest import FAILED, NOT_RUN, PASSED, Ran, build, chain_metrics, outcomes, total_cost
 from llmsurgery.run.chain_result import open_whole, whole_change, write_whole
@@ -100,20 +100,13 @@ def _single(step: Planned, loaded: Loaded, manner: Manner, out: Path) -> Request
 
 def _generated(label: str, resume: bool) -> Path:
     """Return a free name below `llmsurgery-out`; with `resume` the first that an interrupted run left unfinished."""
-    number, free = 1, None
+    number = 1
     while True:
         place = Path("llmsurgery-out") / (f"run-{label}" if number == 1 else f"run-{label}-{number:03d}")
-        left = [partial_of(place), place.with_name(place.name + ".steps")]
+        left = (partial_of(place), place.with_name(place.name + ".steps"))
         unfinished = any(path.is_dir() for path in left)
-        if not place.exists():
-            if resume and unfinished:
-                return place
-            if not unfinished and not report_path(place).exists():
-                free = free or place
-                if not resume or number > 999:
-                    return free
-        elif resume and number > 999 and free is not None:
-            return free
+        if not place.exists() and (resume if unfinished else not report_path(place).exists()):
+            return place
         number += 1
 
 
@@ -166,9 +159,12 @@ class _Chain:
             # As after a single operation, nothing but the report stays; going on would end in the same failure.
             self._clean()
             raise
-        except BaseException:
+        except BaseException as error:
             if not any(path.name != IDENTITY for path in self.work.iterdir()):
                 self._clean()
+            elif isinstance(error, SurgeryError):
+                advice = f"finished steps are kept in {self.work}; --resume goes on from them"
+                error.fix = f"{error.fix}; {advice}" if error.fix else advice
             raise
         self._clean()
         report_path(self.out).unlink(missing_ok=True)
