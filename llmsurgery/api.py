@@ -281,6 +281,87 @@ def prune(
     return operate(request, options.get("progress"))
 
 
+def run_recipe(
+    recipe: File,
+    assignments: Sequence[str] = (),
+    *,
+    out: File | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    resume: bool = False,
+    keep_steps: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run a recipe: several operations in order, with gates; or repeat the run that a manifest records.
+
+    Args:
+        recipe: YAML or JSON file, name of a built-in recipe, `surgery.json` of a result, or the result's directory.
+        assignments: Overrides such as "data.forget=rows.jsonl" or "steps.NAME.settings.lr=1e-4".
+        out: Output directory; the recipe's, or a free name below `llmsurgery-out`, by default.
+        dry_run: Only plan.
+        force: Replace an existing output, and what an earlier run left.
+        resume: Go on from what an interrupted run of the same recipe left.
+        keep_steps: Keep the results of all steps in `OUT.steps`.
+        trust_remote_code: Run model code that a checkpoint brings.
+        progress: Told of long work and notices.
+
+    Returns:
+        The manifest of all steps together and the output directory; of a recipe of one step, what that returns.
+
+    Raises:
+        GateError: A gate after a step or at the end failed; the report lies beside the output.
+        SurgeryError: See `llmsurgery.errors`; the source and earlier outputs are untouched.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.builtin import find_recipe
+    from llmsurgery.run.chain import Manner
+    from llmsurgery.run.chain import run_recipe as run_chain
+    from llmsurgery.run.overrides import load_recipe
+
+    told = progress or Silent()
+    loaded = load_recipe(find_recipe(fspath(recipe)), assignments)
+    place = None if out is None else fspath(out)
+    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code)
+    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, told)
+
+
+def recipes(name: str | None = None, *, out: File | None = None, force: bool = False) -> Any:
+    """List the built-in recipes, return one, or copy one to a file.
+
+    Args:
+        name: A built-in recipe; None lists all.
+        out: File to write it to.
+        force: Replace an existing file.
+
+    Returns:
+        A list of `{"name", "summary"}`, or `{"name", "summary", "text", "path"}` of one.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from pathlib import Path
+
+    from llmsurgery.run.builtin import builtin_recipes, copy_builtin, read_builtin
+
+    if name is None:
+        if out is not None:
+            raise UsageError(
+                "-o is given without a recipe", "one is copied at a time", "llmsurgery recipes NAME -o FILE"
+            )
+        return [{"name": name, "summary": summary} for name, summary in builtin_recipes().items()]
+    text = read_builtin(name)
+    if out is not None:
+        copy_builtin(text, Path(out), force)
+    return {
+        "name": name,
+        "summary": builtin_recipes()[name],
+        "text": text,
+        "path": None if out is None else fspath(out),
+    }
+
+
 def evaluate_checkpoints(
     models: Sequence[File],
     *,

@@ -95,7 +95,7 @@ class Claim:
     def __init__(self, out: Path, force: bool, resume: bool = False) -> None:
         self.path = partial_of(out)
         self.state = self.path / STATE
-        self._lock: int | None = _take_over(self.path) if resume and _is_directory(self.path) else None
+        self._lock: int | None = take_over(self.path) if resume and _is_directory(self.path) else None
         if self._lock is None:
             self._lock = make_partial(self.path, force)
         elif not self.clear():
@@ -140,7 +140,16 @@ def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _take_over(partial: Path) -> int:
+def take_over(partial: Path) -> int:
+    """Lock a directory that a dead run left.
+
+    Returns:
+        A descriptor that holds the lock; close it to let go.
+
+    Raises:
+        UsageError: The run is at work in it.
+        ResourceError: It cannot be opened.
+    """
     with writing(partial):
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     if not _lock(descriptor):

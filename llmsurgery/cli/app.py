@@ -21,9 +21,11 @@ from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
 from llmsurgery.cli.prune import prune
+from llmsurgery.cli.recipes import recipes
 from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
+from llmsurgery.cli.run import run_recipe
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -42,6 +44,8 @@ for name, command in (
     ("recover-alignment", recover_alignment),
     ("prune", prune),
     ("debias", debias),
+    ("run", run_recipe),
+    ("recipes", recipes),
     ("eval", evaluate),
     ("compare", compare),
     ("inspect", inspect),

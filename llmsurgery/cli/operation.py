@@ -102,7 +102,7 @@ def operation(command: Callable[..., None], method: str | None = None) -> Callab
 
 
 def show_outcome(output: Output, outcome: Outcome) -> None:
-    """Print the outcome of an operation: tables for people, the manifest as JSON, or the path alone."""
+    """Print the outcome of an operation or recipe: tables for people, the manifest as JSON, or the path alone."""
     from llmsurgery.report.controls import controls_of
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
@@ -118,7 +118,8 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
     if controls := controls_of(manifest):
         output.show(rows_table(*controls))
     for gate in manifest["gates"]:
-        output.show(f"gate {gate['gate']}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
+        place = f" of step {gate['step']}" if gate.get("step") else ""
+        output.show(f"gate {gate['gate']}{place}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
     cost = manifest["cost"]
     output.show(
         f"{cost['seconds']:.1f} s, peak memory {cost['rss_bytes'] / 2**20:,.0f} MiB, "

@@ -21,6 +21,11 @@ _SECTION = """\
 This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `apply` of the patch with SHA-256 \
 `{{ operation.patch.sha256 }}`. {{ changed }} of {{ total }} edited tensors changed. What made the patch is in \
 `surgery.json`.
+{% elif manifest.steps is defined -%}
+{{ subject }} llmsurgery {{ manifest.versions.llmsurgery }} in {{ manifest.operations | length }} steps: \
+{% for one in manifest.operations %}`{{ one.task }} --method {{ one.method }}` ({{ one.paper }}), \
+seed {{ one.seed }}{{ "; then " if not loop.last }}{% endfor %}.
+{{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
 {% else -%}
 {{ subject }} llmsurgery {{ manifest.versions.llmsurgery }}: \
 `{{ operation.task }} --method {{ operation.method }}` ({{ operation.paper }}), seed {{ operation.seed }}.
