@@ -138,7 +138,7 @@ def convert(setting: Setting, value: object) -> object:
         raise UsageError(
             f"{setting.name}={given} does not fit", error.errors()[0]["msg"].lower(), f"{setting.name}: {setting.help}"
         ) from error
-    if setting.choices and result not in setting.choices:
+    if setting.choices and result is not None and result not in setting.choices:
         raise unknown_name(f"value of {setting.name}", str(result), setting.choices)
     if isinstance(result, int | float) and not isinstance(result, bool):
         low, high = setting.minimum, setting.maximum

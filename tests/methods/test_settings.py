@@ -28,6 +28,7 @@ class Example:
     keep: bool = option(False, "whether")
     names: tuple[str, ...] = option(("a",), "which")
     seed_rows: int | None = option(None, "how many", minimum=1)
+    scorer: str | None = option(None, "which score", ("exact", "rouge_l"))
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(rank=4))
 
 
@@ -55,6 +56,9 @@ def value(name: str, given: object) -> object:
         ("lr", None, None),
         ("seed_rows", "7", 7),
         ("seed_rows", "none", None),
+        ("scorer", None, None),
+        ("scorer", "none", None),
+        ("scorer", "exact", "exact"),
         ("rank", "32", 32),
         ("warmup_steps", "-1", -1),
         ("keep", "true", True),
