@@ -113,7 +113,7 @@ def attacks(_: dict[str, Any]) -> str:
     lines, budgets = [], {}
     # Results may have been attacked apart.
     attacked: dict[str, Any] = {}
-    for file in sorted(RESULTS.glob("attacks_smollm2_control-2*.json")):
+    for file in sorted(RESULTS.glob("attacks_smollm2_control*.json")):
         attacked |= json.loads(file.read_text())["results"]
     for name, found in attacked.items():
         for attack, one in found.items():
