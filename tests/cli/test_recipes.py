@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from llmsurgery.cli.app import run
@@ -199,7 +201,14 @@ def test_killed_between_steps_and_resumed_gives_the_same_bytes(chain: Path, tmp_
     out, recipe = tmp_path / "out", chain.parent / "recipe.yaml"
     words = ["run", str(recipe), "-o", str(out)]
     kill = ["llmsurgery.checkpoint.writer", "move_into_place", "1", "after"]
-    killed = subprocess.run([sys.executable, "-c", KILLER, *kill, *words], capture_output=True, text=True, check=False)
+    # The same number of threads as here: a run may not go on with another.
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, *kill, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.steps"]
     assert run(words) == 2
