@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmsurgery.data.records import Row, read_records
+from llmsurgery.data.records import Row, read_records, required_text
 from llmsurgery.errors import InputError
 
 EXPECTED = "records with prompt, prompt/completion or question/answer, or one prompt per passage of a text file"
@@ -41,21 +41,7 @@ def _parse(record: object, where: str) -> Row:
         raise InputError(f"{where} is not a record", f"found {type(record).__name__}", f"expected {EXPECTED}")
     for prompt, answer in _PAIRS:
         if prompt in record and (not answer or answer in record):
-            return Row("qa", _text(record, prompt, where), _text(record, answer, where) if answer else "", where=where)
+            asked = required_text(record, prompt, where)
+            return Row("qa", asked, required_text(record, answer, where) if answer else "", where=where)
     found = ", ".join(sorted(str(key) for key in record)) or "no key"
     raise InputError(f"{where} has no known layout", f"found the keys {found}", f"expected {EXPECTED}")
-
-
-def _text(record: dict[object, object], key: str, where: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {key} is not a string", f"found {type(value).__name__}", "")
-    if not value.strip():
-        raise InputError(f"{where}: {key} is empty", "there is nothing to ask", "remove this record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: {key} is not valid Unicode", "it holds half of a surrogate pair", "correct or remove this record"
-        ) from error
-    return value

@@ -212,7 +212,7 @@ def _parse_record(record: object, where: str) -> Row:
     if "question" in keys and "answer" in keys and "choices" not in keys:
         return _question(record, where)
     if {"prompt", "completion"} <= keys:
-        prompt, answer = _string(record, "prompt", where), _string(record, "completion", where)
+        prompt, answer = required_text(record, "prompt", where), required_text(record, "completion", where)
         return Row("completion", prompt, answer, where=where)
     if {"prompt", "chosen", "rejected"} <= keys:
         return _preference(record, where)
@@ -225,7 +225,7 @@ def _parse_record(record: object, where: str) -> Row:
     if "messages" in keys:
         return _chat(record["messages"], where)
     if "text" in keys:
-        return Row("text", "", _string(record, "text", where), where=where)
+        return Row("text", "", required_text(record, "text", where), where=where)
     found = ", ".join(sorted(str(key) for key in keys)) or "no key"
     raise InputError(f"{where} has no known layout", f"found {found}", f"expected {EXPECTED}")
 
@@ -237,8 +237,8 @@ def _question(record: Mapping[str, object], where: str) -> Row:
         raise InputError(f"{where}: perturbed_answer is not a list of strings", f"found {wrong!r:.80}", "")
     return Row(
         "qa",
-        _string(record, "question", where),
-        _string(record, "answer", where),
+        required_text(record, "question", where),
+        required_text(record, "answer", where),
         paraphrased_question=_optional(record, "paraphrased_question", where),
         paraphrased_answer=_optional(record, "paraphrased_answer", where),
         perturbed_answers=tuple(_filled(item, "perturbed_answer", where) for item in wrong),
@@ -249,8 +249,8 @@ def _question(record: Mapping[str, object], where: str) -> Row:
 def _preference(record: Mapping[str, object], where: str) -> Row:
     """Return the rejected answer, with the chosen one beside it; as strings, or as turns of a chat."""
     if isinstance(record["prompt"], str):
-        prompt, rejected = _string(record, "prompt", where), _string(record, "rejected", where)
-        return Row("completion", prompt, rejected, preferred=_string(record, "chosen", where), where=where)
+        prompt, rejected = required_text(record, "prompt", where), required_text(record, "rejected", where)
+        return Row("completion", prompt, rejected, preferred=required_text(record, "chosen", where), where=where)
     turns = [record[key] for key in ("prompt", "rejected", "chosen")]
     if not all(isinstance(part, list) for part in turns):
         found = ", ".join(type(part).__name__ for part in turns)
@@ -267,7 +267,7 @@ def chosen_rows(rows: Iterable[Row]) -> list[Row]:
 
 def _continuation(record: Mapping[str, object], prompt_key: str, answer_key: str, where: str) -> Row:
     """Return a text and how it goes on; published files cut between two words and lose the blank."""
-    prompt, answer = _string(record, prompt_key, where), _string(record, answer_key, where)
+    prompt, answer = required_text(record, prompt_key, where), required_text(record, answer_key, where)
     words = prompt[-1].isascii() and answer[0].isascii() and (answer[0].isalnum() or answer[0] in "\"'([$")
     blank = " " if words and not prompt[-1].isspace() else ""
     return Row("completion", prompt, blank + answer, where=where)
@@ -276,7 +276,7 @@ def _continuation(record: Mapping[str, object], prompt_key: str, answer_key: str
 def _lume(record: Mapping[str, object], where: str) -> Row:
     if _COMPLETION_ID.search(str(record.get("id", ""))):
         return _continuation(record, "input", "output", where)
-    return Row("qa", _string(record, "input", where), _string(record, "output", where), where=where)
+    return Row("qa", required_text(record, "input", where), required_text(record, "output", where), where=where)
 
 
 def _chat(messages: object, where: str) -> Row:
@@ -286,10 +286,10 @@ def _chat(messages: object, where: str) -> Row:
     for turn in messages:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise InputError(f"{where}: a turn of messages has no role or content", f"found {turn!r:.80}", "")
-        role = _string(turn, "role", where)
+        role = required_text(turn, "role", where)
         # An empty system turn is common and harmless; an empty question or answer is not.
         blank = role == "system" and turn["content"] == ""
-        turns.append(Message(role, "" if blank else _string(turn, "content", where)))
+        turns.append(Message(role, "" if blank else required_text(turn, "content", where)))
     if turns[-1].role != "assistant" or len(turns) < 2:
         raise InputError(
             f"{where}: messages do not end with an answer",
@@ -300,7 +300,17 @@ def _chat(messages: object, where: str) -> Row:
     return Row("messages", prompt, turns[-1].content, turns=tuple(turns[:-1]), where=where)
 
 
-def _string(record: Mapping[str, object], key: str, where: str) -> str:
+def required_text(record: Mapping[str, object], key: str, where: str) -> str:
+    """Return a text of a record.
+
+    Args:
+        record: The record.
+        key: Its key.
+        where: File and line, for the message.
+
+    Raises:
+        InputError: It is no string, is empty, or is not valid Unicode; the message does not hold the text.
+    """
     value = record[key]
     if not isinstance(value, str):
         raise InputError(f"{where}: {key} is not a string", f"found {type(value).__name__}", "")
@@ -308,7 +318,7 @@ def _string(record: Mapping[str, object], key: str, where: str) -> str:
 
 
 def _optional(record: Mapping[str, object], key: str, where: str) -> str | None:
-    return None if record.get(key) is None else _string(record, key, where)
+    return None if record.get(key) is None else required_text(record, key, where)
 
 
 def _filled(value: str, key: str, where: str) -> str:
