@@ -52,6 +52,7 @@ SECTIONS = {
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
     "debias_smollm2": debias_smollm2,
+    "debias_smollm2_all": debias_smollm2,
 }
 
 
