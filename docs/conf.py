@@ -10,7 +10,9 @@ html_theme = "alabaster"
 html_theme_options = {
     "description": "Change a trained language model after the fact, and prove it.",
     "fixed_sidebar": True,
-    "page_width": "75rem",
+    "page_width": "84rem",
+    "body_max_width": "none",
     "show_powered_by": False,
 }
 html_show_sourcelink = False
+highlight_language = "sh"
