@@ -37,6 +37,9 @@ def check(words: tuple[str, ...]) -> None:
     """
     context = GROUP.make_context("llmsurgery", list(words))
     name, command, rest = GROUP.resolve_command(context, list(words))
+    while hasattr(command, "resolve_command"):
+        context = command.make_context(name, list(rest), parent=context)
+        name, command, rest = command.resolve_command(context, list(rest))
     given = command.make_context(name, rest, parent=context).params
     for gate in (*(given.get("require") or ()), *_stop_rule(given)):
         parse_gate(gate, set(NEEDS))
@@ -56,9 +59,12 @@ def check(words: tuple[str, ...]) -> None:
 
 
 def options_of(name: str | None) -> set[str]:
-    """Return the options of a command, or of all of them."""
-    chosen = GROUP.commands.values() if name is None else [GROUP.commands[name]]
-    found = {option for command in chosen for parameter in command.params for option in parameter.opts}
+    """Return the options of a command and of the commands below it, or of all of them."""
+    found, left = set(), list(GROUP.commands.values() if name is None else [GROUP.commands[name]])
+    while left:
+        command = left.pop()
+        left += getattr(command, "commands", {}).values()
+        found |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return found | {"--help", "-h", "--version"}
 
 
