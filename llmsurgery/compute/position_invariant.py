@@ -172,7 +172,7 @@ class _View:
 
 def _rotation(module: torch.nn.Module) -> Rotate:
     """Return the function by which an attention module rotates queries and keys."""
-    return cast(Rotate, sys.modules[type(module).__module__].apply_rotary_pos_emb)  # type: ignore[attr-defined]
+    return cast(Rotate, sys.modules[type(module).__module__].apply_rotary_pos_emb)
 
 
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:

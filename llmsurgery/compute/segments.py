@@ -144,8 +144,8 @@ def importances(logits: torch.Tensor, owners: torch.Tensor, segments: Segments) 
     if not segments.own_counts and count > 1:
         logits = logits.masked_fill(owners[:, None] == key_owners, -torch.inf)
     attention = logits.softmax(-1)
-    lengths = segments.lengths
-    means = torch.stack([part.sum(-1) / part.shape[-1] for part in attention.split(lengths, -1)], -1)
+    parts = torch.split(attention, list(segments.lengths), -1)
+    means = torch.stack([part.sum(-1) / part.shape[-1] for part in parts], -1)
     for number in range(count):
         inside = owners == number
         if bool(inside.any()):

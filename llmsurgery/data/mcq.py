@@ -172,9 +172,19 @@ def template_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fill_template(template: str, question: str, options: Sequence[str]) -> tuple[str, str | None]:
-    """Return the user's turn and how the answer begins; the whole text and None without `{answer}`."""
-    lines = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+def option_lines(options: Sequence[str]) -> list[str]:
+    """Return each option behind its letter."""
+    return [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
+
+
+def fill_template(template: str, question: str, lines: str) -> tuple[str, str | None]:
+    """Return the user's turn and how the answer begins; the whole text and None without `{answer}`.
+
+    Args:
+        template: The template.
+        question: What stands at `{question}`.
+        lines: What stands at `{options}`.
+    """
 
     def fill(text: str) -> str:
         # One pass over the places: a question may hold braces of its own.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmsurgery.data.contrast import read_contrast
-from llmsurgery.data.mcq import fill_template, read_choices, read_template, rotated
+from llmsurgery.data.mcq import fill_template, option_lines, read_choices, read_template, rotated
 from llmsurgery.errors import InputError
 
 Write = Callable[..., Path]
@@ -66,11 +66,11 @@ def test_one_question_cannot_be_split(write_jsonl: Write) -> None:
 
 
 def test_templates(tmp_path: Path) -> None:
-    turn, answer = fill_template(read_template(""), "{options}?", ("x", "y"))
+    turn, answer = fill_template(read_template(""), "{options}?", "\n".join(option_lines(("x", "y"))))
     assert (turn, answer) == ("{options}?\nA. x\nB. y\nAnswer with the letter.", "Answer:")
     path = tmp_path / "template.txt"
     path.write_text("Q: {question}\n{options}\nA:\n")
-    assert fill_template(read_template(str(path)), "Up", ("x", "y")) == ("Q: Up\nA. x\nB. y\nA:", None)
+    assert fill_template(read_template(str(path)), "Up", "A. x\nB. y") == ("Q: Up\nA. x\nB. y\nA:", None)
     for text, word in (("{question}", "places for"), ("{question}{options}: ", "ends in a blank")):
         path.write_text(text)
         with pytest.raises(InputError, match=word):
