@@ -110,3 +110,15 @@ def test_a_gate_needs_the_option(
     mcq = str(write_asked(tmp_path)["mcq"])
     assert run(["eval", str(checkpoints["tied_llama"]), "--mcq", mcq, "--require", "pine.order_flips<=1"]) == 2
     assert "--position-invariant of eval" in " ".join(capsys.readouterr().err.split())
+
+
+def test_methods_says_that_no_weight_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods", "pine"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pine (eval)" in shown
+    assert "needs: --mcq, --position-invariant; result: none" in shown
+    assert "This is no edit of weights." in shown
+    assert run(["methods", "--json"]) == 0
+    assert [one["export"] for one in json.loads(capsys.readouterr().out) if one["name"] == "pine"] == ["none"]
+    assert run(["debias", "--method", "pine"]) == 2
+    assert "none of its weights" in capsys.readouterr().err
