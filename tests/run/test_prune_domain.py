@@ -139,3 +139,35 @@ def test_a_killed_run_ends_in_the_bytes_of_a_whole_one(
         one, two = stored(tmp_path / "whole"), stored(out)
         assert all(torch.equal(values, two[name]) for name, values in one.items())
         assert resumed["operations"][0]["record"] == whole["operations"][0]["record"]
+
+
+def phases(method: str, root: Path, data: dict[str, Path], tmp_path: Path, **settings: object) -> dict[str, int]:
+    manifest = run(method, root, data, tmp_path / "out", dry_run=True, settings=settings)
+    memory = manifest["memory"]
+    assert manifest["memory_bytes"] == max(memory["phases"].values())
+    return {name: size - memory["base"] for name, size in memory["phases"].items()}
+
+
+def test_a_dry_run_counts_second_moments_and_gradients(
+    checkpoints: dict[str, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    root = checkpoints["sharded_llama"]
+    targets = roles(root).select(["linear"])
+    entries, widths = sum(target.parameters for target in targets), {t.role: t.shape[1] for t in targets}
+    plain = phases("magnitude", root, data, tmp_path)
+    assert set(plain) == {"loading", "before", "result"}
+    wanda, sparsegpt = (phases(name, root, data, tmp_path)["pruning"] for name in ("wanda", "sparsegpt"))
+    # One second moment each for attention, its output, the MLP and its output, and five at once of the widest.
+    moments = 4 * (2 * widths["attn.q"] ** 2 + widths["mlp.gate"] ** 2 + widths["mlp.down"] ** 2)
+    assert sparsegpt - wanda > moments + 4 * 4 * widths["mlp.down"] ** 2 - 64 * 1024
+    longer = phases("wanda", root, data, tmp_path, window=96, samples=2)["pruning"]
+    assert longer > wanda
+    found = phases("d-pruner", root, data, tmp_path)
+    assert set(found) == {*plain, "general importance", "gradients", "pruning"}
+    # Four bytes a weight for the sums; the gradients of all weights together are not there.
+    assert 4 * entries < found["gradients"] - plain["before"] + 256 * 1024
+    squared = phases("d-pruner", root, data, tmp_path, form="obs")
+    assert squared["gradients"] - found["gradients"] == 4 * entries
+    dense = phases("d-pruner", root, data, tmp_path, importance="sequential")
+    assert dense["pruning"] - found["pruning"] == 4 * entries
+    assert dense["general importance"] > found["general importance"] + moments

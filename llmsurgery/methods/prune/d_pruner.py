@@ -60,6 +60,7 @@ from llmsurgery.methods.pruning import (
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register
+from llmsurgery.methods.working_memory import Working, masking_bytes, second_moment_bytes, walking
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
@@ -160,6 +161,26 @@ class DPruner:
             OPEN: calibration_windows(config.calibration, encoder, data[OPEN]),
             DOMAIN: pack_windows(encoder, data[DOMAIN], length, config.domain_samples, DOMAIN),
         }
+
+    def working(
+        self, config: DPrunerConfig, structure: Structure, prepared: dict[str, list[Window]], rows: int | None
+    ) -> list[Working]:
+        """Return what is held beside the model: statistics of the walk, then sums and one gradient, then masks."""
+        targets = pruned_tensors(config.amount, structure)
+        entries = sum(target.parameters for target in targets)
+        largest = max(target.parameters for target in targets)
+        phases, general = [], 0
+        if config.general != "none":
+            general = 4 * entries if config.importance == "sequential" else 0
+            moments = 0 if config.importance == "activations" else second_moment_bytes(targets)
+            phases.append(walking("general importance", prepared[OPEN], rows, general + moments))
+        # Two sums for the forms that square a mean; gradient, product and its terms of one matrix.
+        sums = (8 if config.form in ("paper", "obs") else 4) * entries + general
+        domain = prepared[DOMAIN]
+        batch = min(config.batch, len(domain))
+        phases.append(Working("gradients", 0, batch, len(domain[0]), sums + 4 * 5 * largest, backward=True))
+        phases.append(Working("pruning", held=sums + masking_bytes(targets)))
+        return phases
 
     def edit(self, config: DPrunerConfig, operation: Operation, prepared: dict[str, list[Window]]) -> MethodResult:
         """Measure what ordinary text needs, then what the domain needs, and prune all matrices."""
