@@ -197,14 +197,23 @@ class DPruner:
         ).run()  # fmt: skip
         weight_of = config.general_weight if config.general == "score" else 0.0
 
+        unseen: list[str] = []
+
         def prune(target: RoleTensor, weight: torch.Tensor, _none: object) -> torch.Tensor:
             score = found.pop(target.stored).value(weight)
             if general is not None and weight_of:
                 score = joined(score, general.of(target, weight), weight_of)
+            if not bool((score > 0).any()):
+                # An expert that no token reaches, say: ties by index would take its first columns.
+                unseen.append(target.stored)
+                score = weight.abs()
             return block_mask(score, amount, config.blocks if config.blocking == "iterative" else 1)
 
         kept = KeptBlocks(operation.training.store, layers + 1)
         pruned = prune_each(operation, targets, prune, kept)
+        if unseen:
+            operation.progress.notice(f"{len(unseen)} matrices have no score and were pruned by magnitude: {unseen[0]}")
+        record = {**record, "by_magnitude": unseen}
         return pruned_result(operation, config.amount, amount, targets, pruned, record)
 
 
