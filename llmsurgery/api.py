@@ -385,6 +385,7 @@ def evaluate_checkpoints(
     control: File | None = None,
     suite: str | None = None,
     suite_dir: File | None = None,
+    position_invariant: bool = False,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
     device: str = "auto",
@@ -420,6 +421,8 @@ def evaluate_checkpoints(
         suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25", "ort"), whose files bring the data and
             whose protocol is the default; data other than `text` do not go with it.
         suite_dir: Directory with the suite's files as published.
+        position_invariant: Ask `mcq` by position-invariant inference (PINE) too, and count the answers that change with
+            the order of options, with it and without.
         settings: Evaluation settings by name; `attack.NAME` and `attack.ATTACK.NAME` for attacks, `suite.NAME` for
             the suite.
         require: Gates that every model must pass.
@@ -457,7 +460,7 @@ def evaluate_checkpoints(
         attacks=tuple(dict.fromkeys(attacks)),
         suite=suite,
         suite_dir=None if suite_dir is None else fspath(suite_dir),
-        settings=dict(settings or {}),
+        settings={**(settings or {}), **({"position_invariant": True} if position_invariant else {})},
         require=tuple(require),
         device=device,
         dtype=dtype,

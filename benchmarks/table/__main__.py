@@ -13,7 +13,7 @@ from benchmarks.table.files import byte_layer, conformance, kill_resume, patches
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
 from benchmarks.table.page import machine, newest
-from benchmarks.table.pruned import d_pruner_memory, prune_smollm2
+from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
 from benchmarks.table.repair import recover_smollm2, restore_large
 
@@ -60,6 +60,8 @@ SECTIONS = {
     "debias_smollm2_all": debias_smollm2,
     "prune_smollm2": prune_smollm2,
     "d_pruner_memory": d_pruner_memory,
+    "prune_peers": prune_peers,
+    "prune_peers_large": prune_peers,
     "recipe_smollm2": recipe_smollm2,
 }
 

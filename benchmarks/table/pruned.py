@@ -36,3 +36,31 @@ def d_pruner_memory(result: dict[str, Any]) -> str:
         "before and after.\n\n"
     )
     return "## Memory of D-Pruner\n\n" + text + rows(["side", "seconds", "CPU seconds", "peak MiB"], lines)
+
+
+def prune_peers(result: dict[str, Any]) -> str:
+    """Return the section on Wanda and SparseGPT against llmcompressor."""
+    lines = []
+    for name, row in result["methods"].items():
+        own, peer = row["median"]["llmsurgery"], row["median"]["llmcompressor"]
+        blocks = row["mask_agreement_by_block"]
+        ppl = [row["ppl"][side]["value"] for side in ("llmsurgery", "llmcompressor")]
+        lines.append(
+            [
+                f"`{name}`",
+                f"{own['seconds']:.0f} / {peer['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
+                f"{mebibytes(own)} / {mebibytes(peer)} MiB ({row['memory_ratio']:.2f}x)",
+                f"{row['mask_agreement']:.2%} (block 0 {blocks[0]:.2%}, worst {min(blocks):.2%})",
+                f"{ppl[0]:.2f} / {ppl[1]:.2f}",
+            ]
+        )
+    versions = next(iter(result["methods"].values()))["peer"]["versions"]
+    text = (
+        f"{result['model']}, {result['sparsity']:.0%} of the matrices, the same {result['samples']} windows of "
+        f"{result['window']} tokens, {result['dtype']};\nllmsurgery / llmcompressor {versions['llmcompressor']}: whole "
+        f"commands, each in a process of its own, {result['repeats']} run(s) a side. Agreement is the share of\n"
+        f"entries zero in both results or in neither. Perplexity on {result['passages']} passages, dense "
+        f"{result['dense']['value']:.2f}.\n\n"
+    )
+    header = ["method", "time", "peak memory", "masks agree", "perplexity"]
+    return f"## Pruning against llmcompressor, {result['model']}\n\n" + text + rows(header, lines)

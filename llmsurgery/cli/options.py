@@ -45,6 +45,13 @@ Text = Annotated[str | None, typer.Option("--text", help="plain text for perplex
 Mcq = Annotated[
     str | None, typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order")
 ]
+PositionInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--position-invariant",
+        help="ask --mcq by position-invariant inference (PINE) too: how often does the order of options decide?",
+    ),
+]
 Contrast = Annotated[
     str | None, typer.Option("--contrast", help="texts that differ in a group: CrowS-Pairs, first/second, text/label")
 ]

@@ -179,11 +179,15 @@ class MethodResult:
     check: Callable[[PreTrainedModel], None] | None = None
 
 
-class Method(Protocol):
-    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
+class Described(Protocol):
+    """What `llmsurgery methods` lists: a method, or a procedure of inference that changes no weight."""
 
     spec: MethodSpec
     config_type: type
+
+
+class Method(Described, Protocol):
+    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
 
     def plan(self, config: object, structure: Structure) -> Sequence[RoleTensor]:
         """Return the stored tensors that the method may change, from headers alone."""

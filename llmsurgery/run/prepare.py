@@ -453,6 +453,7 @@ def encode_for_figures(
     from llmsurgery.data.mcq import first_questions, read_template
     from llmsurgery.evaluate.encode import encode_data
     from llmsurgery.evaluate.letters import encode_letters
+    from llmsurgery.evaluate.listings import encode_listings
     from llmsurgery.evaluate.stereotypes import encode_stereotypes
 
     training = getattr(config, "training", None)
@@ -461,11 +462,15 @@ def encode_for_figures(
     data = encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
     if asked is None:
         return data
-    letters = None
+    letters = listings = None
     if asked.choices is not None:
         template = read_template(evaluation.mcq_template or str(getattr(config, "template", "")))
-        letters = encode_letters(encoder, first_questions(asked.choices, evaluation.mcq_rows), template)
-    return dataclasses.replace(data, letters=letters, stereotypes=encode_stereotypes(encoder, asked.contrast))
+        choices = first_questions(asked.choices, evaluation.mcq_rows)
+        letters = encode_letters(encoder, choices, template)
+        if evaluation.position_invariant:
+            listings = encode_listings(encoder, choices, template, letters.tokens)
+    pairs = encode_stereotypes(encoder, asked.contrast)
+    return dataclasses.replace(data, letters=letters, listings=listings, stereotypes=pairs)
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure, others: Sequence[Encoded] = ()) -> None:
