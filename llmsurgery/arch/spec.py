@@ -60,6 +60,8 @@ class Family:
         state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
+        inner_key: Key of config.json that holds the config of the language model inside; empty if config.json does.
+        inner_types: Values of its `model_type` that have these names.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Family:
     state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
     router_scores: str = "softmax"
+    inner_key: str = ""
+    inner_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
