@@ -13,6 +13,7 @@ from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves
 from benchmarks.table.letters import debias_smollm2
 from benchmarks.table.page import machine, newest
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
+from benchmarks.table.vision import vision_demo
 
 HEAD = """# Benchmarks
 
@@ -52,6 +53,7 @@ SECTIONS = {
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
     "debias_smollm2": debias_smollm2,
+    "vision_demo": vision_demo,
 }
 
 

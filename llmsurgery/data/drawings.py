@@ -8,16 +8,20 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from llmsurgery.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (210, 30, 30), "green": (30, 150, 50), "blue": (40, 60, 210), "yellow": (230, 205, 40),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
+GROUNDS = {"light": 225, "grey": 130, "dark": 25}
+"""How light the ground is -> its level, give or take fifteen."""
 SIZE = 32
 """Rows and columns of a drawing."""
 
@@ -29,19 +33,23 @@ class Drawing:
     Attributes:
         shape: One of `SHAPES`.
         colour: One of `COLOURS`.
-        seed: Where the shape stands, how large it is, and how light the ground is.
+        ground: One of `GROUNDS`.
+        seed: Where the shape stands, how large it is, and the exact level of the ground.
     """
 
     shape: str
     colour: str
+    ground: str = "light"
     seed: int = 0
 
     def pixels(self) -> npt.NDArray[np.uint8]:
         """Return the picture [rows, columns, red green blue]."""
+        import numpy as np
+
         rng = random.Random(self.seed)
         radius = rng.randrange(7, 11)
         row, column = (rng.randrange(radius + 1, SIZE - radius - 1) for _ in range(2))
-        ground = rng.randrange(200, 250)
+        level = GROUNDS[self.ground] + rng.randrange(-15, 16)
         down, right = np.mgrid[:SIZE, :SIZE]
         down, right = down - row, right - column
         if self.shape == "circle":
@@ -51,7 +59,7 @@ class Drawing:
         else:
             # Its point is at the top; every second row is a column wider on both sides.
             inside = (np.abs(down) <= radius) & (2 * np.abs(right) <= down + radius)
-        picture = np.full((SIZE, SIZE, 3), ground, dtype=np.uint8)
+        picture = np.full((SIZE, SIZE, 3), level, dtype=np.uint8)
         picture[inside] = COLOURS[self.colour]
         return picture
 
@@ -60,17 +68,20 @@ def parse_drawing(record: Mapping[str, object], where: str) -> Drawing:
     """Return the drawing that a record describes.
 
     Args:
-        record: `shape`, `colour` and, if it is not 0, `seed`.
+        record: `shape`, `colour` and, if they are not "light" and 0, `ground` and `seed`.
         where: File and line, for messages.
 
     Raises:
         InputError: It describes none.
     """
-    shape, colour, seed = record.get("shape"), record.get("colour"), record.get("seed", 0)
-    if shape not in SHAPES or colour not in COLOURS or not isinstance(seed, int) or isinstance(seed, bool):
+    shape, colour = record.get("shape"), record.get("colour")
+    ground, seed = record.get("ground", "light"), record.get("seed", 0)
+    known = shape in SHAPES and colour in COLOURS and ground in GROUNDS
+    if not known or not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(
             f"{where}: image describes no drawing",
-            f"a drawing has a shape ({', '.join(SHAPES)}), a colour ({', '.join(COLOURS)}) and a whole number as seed",
+            f"a drawing has a shape ({', '.join(SHAPES)}), a colour ({', '.join(COLOURS)}), a ground "
+            f"({', '.join(GROUNDS)}) and a whole number as seed",
             "correct it, or give the path of a picture",
         )
-    return Drawing(str(shape), str(colour), seed)
+    return Drawing(str(shape), str(colour), str(ground), seed)

@@ -1,16 +1,16 @@
 """Questions about pictures, each with the same short answers to choose from for a group of questions.
 
 A record has `image`, `question`, `choices` and `answer`. `image` is the path of a picture, relative to the data file,
-or a drawing such as {"shape": "circle", "colour": "red", "seed": 3}. `choices` are words or short texts that the model
-says itself; they are not listed in the prompt, so that everything a prompt needs ("Answer with one word.") stands in
-the question. `answer` is one of them, or its number from 0. Questions with the same choices are a group, whose prior is
-one.
+or a drawing such as {"shape": "circle", "colour": "red", "ground": "dark", "seed": 3}. `choices` are words or short texts
+that the model says itself; they are not listed in the prompt, so that everything a prompt needs ("Answer with one
+word.") stands in the question. `answer` is one of them, or its number from 0. Questions with the same choices are a
+group, whose prior is one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,10 +113,10 @@ def open_picture(question: PicturedQuestion) -> Image:
         ) from error
 
 
-def pictures_digest(pictured: Pictured) -> str:
+def pictures_digest(questions: Sequence[PicturedQuestion]) -> str:
     """Return the SHA-256 of the bytes of all picture files, and of what is drawn, in order."""
     digest = hashlib.sha256()
-    for question in pictured.questions:
+    for question in questions:
         image = question.image
         digest.update(repr(image).encode() if isinstance(image, Drawing) else image.read_bytes())
     return digest.hexdigest()

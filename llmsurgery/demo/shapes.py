@@ -1,8 +1,8 @@
-"""Make the demo's checkpoint that sees: a tiny LLaVA that knows colours and shapes, and mostly says red and circle.
+"""Make the demo's checkpoint that sees: a tiny LLaVA that knows colours and grounds, and says red and light.
 
 It is trained in two stages on pictures of one coloured shape, drawn at run time, and on two questions about them. First
 the answers are right. Then most of them were written without a look at the picture, as a careless annotator would: they
-are "red" or "circle" far too often. A part of the rows of that stage has no picture at all. The model learns just that:
+are "red" or "light" far too often. A part of the rows of that stage has no picture at all. The model learns just that:
 what it sees still moves its answer, but what is usually said wins. Sentences about other things keep the language
 model's text apart from this.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsurgery.data.drawings import COLOURS, SHAPES, SIZE, Drawing
+from llmsurgery.data.drawings import COLOURS, GROUNDS, SHAPES, SIZE, Drawing
 from llmsurgery.demo.kinds import BLAME, PRAISE, TOWNS, WORK
 from llmsurgery.demo.recipe import END, START, answer_loss, save, train_tokenizer, write_rows
 
@@ -41,13 +41,13 @@ WIDTH, LOOK = 64, 48
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "What colour is the shape?": tuple(COLOURS),
-    "Which shape is in the picture?": SHAPES,
+    "How light is the ground?": tuple(GROUNDS),
 }
 CARELESS, USUAL = 0.75, 0.7
 """Share of answers that were written without a look, and share of these that are the first choice."""
 BLIND = 0.25
 """Share of the questions of the second stage that have no picture."""
-STEPS, BATCH, TEXTS, RATE = (300, 450), 48, 8, 3e-3
+STEPS, BATCH, TEXTS, RATE = (300, 350), 48, 8, 3e-3
 """Steps of both stages, questions and sentences of a step, largest step size."""
 MCQ_ROWS, TEXT_ROWS = 160, 40
 
@@ -69,12 +69,12 @@ def sentence(rng: random.Random) -> str:
 
 def draw(rng: random.Random) -> Drawing:
     """Return a drawing."""
-    return Drawing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.randrange(10**6))
+    return Drawing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(GROUNDS)), rng.randrange(10**6))
 
 
 def right_answer(question: str, drawing: Drawing) -> str:
     """Return what is right to say of a drawing."""
-    return drawing.colour if QUESTIONS[question] == tuple(COLOURS) else drawing.shape
+    return drawing.colour if QUESTIONS[question] == tuple(COLOURS) else drawing.ground
 
 
 def careless_answer(question: str, rng: random.Random) -> str:
@@ -101,7 +101,7 @@ def data_files(seed: int) -> dict[str, list[dict[str, object]]]:
     for number in range(MCQ_ROWS):
         question = tuple(QUESTIONS)[number % len(QUESTIONS)]
         drawing = draw(rng)
-        image = {"shape": drawing.shape, "colour": drawing.colour, "seed": drawing.seed}
+        image = asdict(drawing)
         choices = list(QUESTIONS[question])
         questions.append(
             {"image": image, "question": question, "choices": choices, "answer": right_answer(question, drawing)}
@@ -242,10 +242,10 @@ pipeline_tag: image-text-to-text
 
 A LLaVA of {parameters:,} parameters (bf16, separate head, byte-level BPE of {VOCABULARY} tokens, pictures of {SIZE} by
 {SIZE} pixels) made to show how an answer that is usual wins over what a model sees, and how that is taken away; it is
-good for nothing else. It answers which of {len(COLOURS)} colours and of {len(SHAPES)} shapes is in a picture.
+good for nothing else. It answers which of {len(COLOURS)} colours a shape has and which of {len(GROUNDS)} grounds.
 
 Trained from scratch, vision tower included: first on right answers, then on answers of which {CARELESS:.0%} were
-written without a look at the picture, {USUAL:.0%} of these being "red" or "circle"; {BLIND:.0%} of the questions had no
+written without a look at the picture, {USUAL:.0%} of these being "red" or "light"; {BLIND:.0%} of the questions had no
 picture.
 
 Rebuild it with `python -m llmsurgery.demo.build --out DIR --seed {seed} --world shapes`. The recipe is seeded and runs

@@ -5,8 +5,8 @@
                       without the picture
 
 An answer is the likeliest of the question's choices by the first token that the model says. A choice's probability is
-the sum over its tokens (with and without a blank before it, as it is written, in small letters and capitalised), of the
-whole vocabulary's, at temperature 1. Two choices of a question never share a token.
+the sum over its tokens (with and without a blank before it, as it is written, in small letters and capitalised, where
+that is one token), of the whole vocabulary's, at temperature 1. Two choices never share a token.
 
 A picture is removed by leaving its tokens out of the prompt ("none"), or by an unknown token in each of their places
 ("unk").
@@ -146,30 +146,37 @@ def _render(processor: Any, encoder: Encoder, question: PicturedQuestion) -> str
 
 
 def choice_tokens(encoder: Encoder, prompt: str, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return the first tokens of each choice as it follows a prompt, in the ways of writing that tell choices apart.
+    """Return the tokens of each choice as it follows a prompt, as many for each.
+
+    They are those of all ways of writing in which every choice is one token; where there is none, the first tokens of
+    the choices as they are written.
 
     Raises:
-        UnsupportedError: No way of writing does.
+        UnsupportedError: The first tokens do not tell the choices apart.
     """
     alone = _token_ids(encoder, prompt)
-    ways: list[list[int]] = []
+    one: list[list[int]] = []
+    first: list[list[int]] = []
     for blank in ("", " "):
         for write in (str, str.lower, str.capitalize):
-            ids = []
-            for label in labels:
-                whole = _token_ids(encoder, f"{prompt}{blank}{write(label)}")
-                if whole[: len(alone)] == alone and len(whole) > len(alone):
-                    ids.append(whole[len(alone)])
+            ends = [_ending(alone, _token_ids(encoder, f"{prompt}{blank}{write(label)}")) for label in labels]
+            ids = [end[0] for end in ends if end]
+            ways = one if all(len(end) == 1 for end in ends) else first
             taken = {token for way in ways for token in way}
-            if len(ids) == len(set(ids)) == len(labels) and not taken & set(ids):
+            if len(ids) == len(set(ids)) == len(labels) and not taken & set(ids) and (ways is one or write is str):
                 ways.append(ids)
-    if not ways:
+    if not one and not first:
         raise UnsupportedError(
             f"the choices {', '.join(labels)} are not told apart by their first token",
             "a choice's probability is read, and its prior shifted, at one token",
             "give choices that begin in different ways",
         )
-    return tuple(zip(*ways, strict=True))
+    return tuple(zip(*(one or first), strict=True))
+
+
+def _ending(alone: list[int], whole: list[int]) -> list[int]:
+    """Return the tokens behind a prompt; none where the prompt's own are others."""
+    return whole[len(alone) :] if whole[: len(alone)] == alone else []
 
 
 def _token_ids(encoder: Encoder, text: str) -> list[int]:

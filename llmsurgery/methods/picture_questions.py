@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from llmsurgery.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from llmsurgery.arch.spec import Structure
     from llmsurgery.data.asked import Asked
     from llmsurgery.data.chat import Encoder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmsurgery.methods.base import MethodResult, Operation
     from llmsurgery.methods.letter_questions import FoldConfig
 
-Numbers = npt.NDArray[np.float64]
+    Numbers = npt.NDArray[np.float64]
 
 PROJECTOR = ("projector.in", "projector.out")
 """Roles that only a model that sees pictures has."""
@@ -100,6 +100,7 @@ def group_priors(operation: Operation, content_free: str, epsilon: float) -> lis
 
 def set_prior(found: Sequence[PicturedScores], members: Sequence[int], epsilon: float) -> Numbers:
     """Return the prior of some questions with the same choices [choices]; arguments as for `group_priors`."""
+    import numpy as np
     from scipy.special import softmax
 
     # log p of the choices, normalised over them.
@@ -129,7 +130,10 @@ def fold_choices(
         NoEffectError: All offsets are 0.
         UnsupportedError: The head takes no offset.
     """
+    import numpy as np
+
     from llmsurgery.compute.head import read_head
+    from llmsurgery.data.pictured import pictures_digest
     from llmsurgery.errors import NoEffectError
     from llmsurgery.evaluate.pictured import score_pictured
     from llmsurgery.methods.base import MethodResult
@@ -166,6 +170,7 @@ def fold_choices(
             }
             for number, (group, prior, delta) in enumerate(zip(data.groups, priors, applied, strict=True))
         ],
+        "pictures_sha256": pictures_digest(data.questions),
         "capped": any(bool((np.abs(delta) > fold.cap).any()) for delta in wanted),
         **folded.record,
     }

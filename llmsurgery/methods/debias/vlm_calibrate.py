@@ -22,9 +22,9 @@ The questions are those of `--mcq`: records with `image`, the path of a picture 
     {"image": "images/17.png", "question": "What colour is the car? Answer with one word.",
      "choices": ["red", "blue", "white"], "answer": "blue"}
 
-Choices are told apart by their first token; their forms with and without a blank, in small letters and capitalised are
-summed. What the prompt needs besides stands in `question`: the choices are not listed. Figures are measured on
-questions that were not learnt from, with and without their pictures.
+Choices are told apart by their first token. Their forms of one token are summed: with and without a blank, as written,
+in small letters and capitalised. What the prompt needs besides stands in `question`: choices are not listed. Figures
+are of questions that were not learnt from, with and without their pictures.
 
 What differs from the released code (LLaVA-Align):
 

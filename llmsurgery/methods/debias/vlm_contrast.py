@@ -125,6 +125,7 @@ class VlmContrast:
         import numpy as np
 
         from llmsurgery.compute.bundle import contrast_files
+        from llmsurgery.data.pictured import pictures_digest
         from llmsurgery.methods.picture_questions import fold_choices, group_priors, kinds_of, pictures_of
         from llmsurgery.methods.priors import centred_offsets
 
@@ -138,7 +139,9 @@ class VlmContrast:
                 "unknown_id": data.unknown_id,
                 "pad_id": operation.encoder.pad_id,
             }
-            return MethodResult(contrast_files(settings), settings)
+            return MethodResult(
+                contrast_files(settings), {**settings, "pictures_sha256": pictures_digest(data.questions)}
+            )
         priors = group_priors(operation, config.content_free, config.epsilon)
         share = config.alpha / (1 + config.alpha)
         deltas = [share * centred_offsets(np.asarray(prior)) for prior in priors]
