@@ -1,10 +1,10 @@
 """Questions about pictures, each with the same short answers to choose from for a group of questions.
 
 A record has `image`, `question`, `choices` and `answer`. `image` is the path of a picture, relative to the data file,
-or a drawing such as {"shape": "circle", "colour": "red", "ground": "dark", "seed": 3}. `choices` are words or short texts
-that the model says itself; they are not listed in the prompt, so that everything a prompt needs ("Answer with one
-word.") stands in the question. `answer` is one of them, or its number from 0. Questions with the same choices are a
-group, whose prior is one.
+or a drawing such as {"shape": "circle", "colour": "red", "ground": "dark", "seed": 3}. `choices` are words or short
+texts that the model says itself; they are not listed in the prompt, so that everything a prompt needs ("Answer with
+one word.") stands in the question. `answer` is one of them, or its number from 0. Questions with the same choices are
+a group, whose prior is one.
 """
 
 from __future__ import annotations
