@@ -242,7 +242,7 @@ pipeline_tag: image-text-to-text
 
 A LLaVA of {parameters:,} parameters (bf16, separate head, byte-level BPE of {VOCABULARY} tokens, pictures of {SIZE} by
 {SIZE} pixels) made to show how an answer that is usual wins over what a model sees, and how that is taken away; it is
-good for nothing else. It says which of {len(COLOURS)} colours a shape has, and which of {len(GROUNDS)} levels its ground.
+good for nothing else. It says which of {len(COLOURS)} colours a shape has and how light the ground is.
 
 Trained from scratch, vision tower included: first on right answers, then on answers of which {CARELESS:.0%} were
 written without a look at the picture, {USUAL:.0%} of these being "red" or "light"; {BLIND:.0%} of the questions had no

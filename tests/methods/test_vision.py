@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,7 @@ def test_the_exported_checkpoint_says_in_stock_transformers_what_the_figures_say
         assert record["metrics"]["vision.changed"]["value"] == pytest.approx(changed)
 
 
-def test_the_processor_works_in_stock_generate(results: dict[str, Outcome]) -> None:
+def test_the_processor_works_in_stock_generate(results: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     out = results["contrast"].out
     assert out is not None
     assert not list(out.glob("*.safetensors"))
@@ -152,9 +154,14 @@ def test_the_processor_works_in_stock_generate(results: dict[str, Outcome]) -> N
     assert any("form=folded ends in plain weights" in text for text in results["contrast"].manifest["notices"])  # type: ignore[attr-defined]
     model = LlavaForConditionalGeneration.from_pretrained(DEMO, dtype=torch.float32).eval()
     processor, rows = AutoProcessor.from_pretrained(DEMO), held_rows(8)
-    code: dict[str, Any] = {}
-    exec((out / "modeling_contrast.py").read_text(), code)  # the file works away from the package
-    kind = code["ContrastLogitsProcessor"]
+    # The file works away from the package.
+    place = spec_from_file_location("modeling_contrast_alone", out / "modeling_contrast.py")
+    assert place is not None
+    assert place.loader is not None
+    code = module_from_spec(place)
+    monkeypatch.setitem(sys.modules, place.name, code)
+    place.loader.exec_module(code)
+    kind = code.ContrastLogitsProcessor
     usual = stock_answers(model, processor, rows)
     said = stock_answers(model, processor, rows, logits_processor=[kind.from_pretrained(str(out), model)])
     assert set(usual) == {"red"}
