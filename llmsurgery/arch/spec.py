@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from llmsurgery.errors import NoEffectError, UsageError, unknown_name
+from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError, unknown_name
 
 LINEAR_ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o",
@@ -217,6 +217,24 @@ class Structure:
             if wanted & set(pair):
                 wanted.update(pair)
         return wanted
+
+
+def require_text_model(structure: Structure, what: str) -> None:
+    """Refuse a language model inside a model that sees pictures.
+
+    Args:
+        structure: The checkpoint's roles.
+        what: What is refused, for the message.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    if structure.family.inner_key:
+        raise UnsupportedError(
+            f"{what} is for text models, and this is a vision-language model ({structure.family.name})",
+            "its data and figures know no pictures, and what it does to what the model sees would stay unmeasured",
+            "for such models there are debias --method vlm-calibrate and vlm-contrast, eval, inspect, diff and verify",
+        )
 
 
 def _existing(kind: str, numbers: Iterable[int] | None, count: int) -> set[int] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
-from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.arch.spec import RoleTensor, Structure, require_text_model
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
@@ -250,12 +250,8 @@ def check_pictures(method: Method, structure: Structure) -> None:
     Raises:
         UnsupportedError: It is one.
     """
-    if structure.family.inner_key and not method.spec.pictures:
-        raise UnsupportedError(
-            f"{method.spec.name} is for text models, and this is a vision-language model ({structure.family.name})",
-            "its figures and its data know no pictures, and what it does to what the model sees would stay unmeasured",
-            "use a method for vision-language models: debias --method vlm-calibrate or vlm-contrast",
-        )
+    if not method.spec.pictures:
+        require_text_model(structure, method.spec.name)
 
 
 def encode_pictures(checkpoint: Checkpoint, encoder: Encoder, asked: Asked) -> PicturedSet | None:
