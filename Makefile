@@ -42,6 +42,7 @@ benchmarks: $(READY) .real/model.gguf
 	$(BIN)/python -m benchmarks.flat_step .real/model.gguf
 	$(BIN)/python -m benchmarks.unlearning .real/model.gguf
 	$(BIN)/python -m benchmarks.guard_demo
+	$(BIN)/python -m benchmarks.vision_demo
 	$(BIN)/python -m benchmarks.compare demo $(METHODS)
 	$(BIN)/python -m benchmarks.table
 

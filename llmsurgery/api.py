@@ -227,7 +227,8 @@ def debias(
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "pride".
         mcq: Data file of multiple-choice questions; one half is learnt from, the other is measured in every cyclic
-            order of the options.
+            order of the options. For a vision-language model, questions about pictures (`image`, a path relative to the
+            file, `question`, `choices`, `answer`), measured with and without their pictures.
         contrast: Data file of texts that differ in a group.
         **options: As for `unlearn`.
 

@@ -16,6 +16,7 @@ from benchmarks.table.page import machine, newest
 from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
 from benchmarks.table.repair import recover_smollm2, restore_large
+from benchmarks.table.vision import vision_demo
 
 HEAD = """# Benchmarks
 
@@ -63,6 +64,7 @@ SECTIONS = {
     "prune_peers": prune_peers,
     "prune_peers_large": prune_peers,
     "recipe_smollm2": recipe_smollm2,
+    "vision_demo": vision_demo,
 }
 
 

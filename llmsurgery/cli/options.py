@@ -43,7 +43,8 @@ Authors = Annotated[
 Facts = Annotated[str | None, typer.Option("--facts", help="world facts with wrong answers, for utility.model_utility")]
 Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
 Mcq = Annotated[
-    str | None, typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order")
+    str | None,
+    typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order, or about pictures"),
 ]
 PositionInvariant = Annotated[
     bool,

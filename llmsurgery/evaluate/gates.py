@@ -37,6 +37,7 @@ NEEDS = {
     "mcq": ("--mcq", ""),
     "position-invariant": ("--position-invariant of eval", ""),
     "letters": ("--mcq, or --suite wmdp of eval", ""),
+    "pictures": ("--mcq with images, and a vision-language model", "a text model sees none"),
     **{f"mcq:{letter}": ("--mcq with that many options", "no question has it") for letter in LETTERS},
     "stereotypes": ("--contrast with sent_more and sent_less", "its records do not say which text is the stereotype"),
     "domain": ("--domain", ""),
@@ -212,6 +213,8 @@ METRICS = {
             Metric(f"mcq.recall_{letter.lower()}", "higher", ("mcq", f"mcq:{letter}"), f"recall of the letter {letter}")
             for letter in LETTERS
         ),
+        Metric("vision.accuracy", "higher", ("pictures",), "share of questions about pictures with the right answer"),
+        Metric("vision.changed", "higher", ("pictures",), "share of answers that change when the picture is removed"),
         Metric("mcq.letter_prob", "lower", ("mcq", "text"), "probability of the letters together on plain text"),
         Metric(
             "bias.stereotype_rate",

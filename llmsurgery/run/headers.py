@@ -34,6 +34,7 @@ from llmsurgery.run.pairs import requested_pairs, require_figures
 from llmsurgery.run.prepare import (
     available_needs,
     check_editable,
+    check_pictures,
     check_untrained,
     data_files,
     generated_name,
@@ -75,6 +76,7 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
     source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))
     checkpoint = Checkpoint.open(source)
     structure = detect(checkpoint.config, checkpoint.tensors)
+    check_pictures(method, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
