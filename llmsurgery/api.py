@@ -704,6 +704,73 @@ def lens(
     return document
 
 
+def audit(
+    kind: str,
+    data: File,
+    model: File,
+    *,
+    keep: float = 0.05,
+    score: str = "ln_ches",
+    end: bool = True,
+    reference: File | None = None,
+    window: int = 8,
+    tau: float = 20.0,
+    most_found: int = 3,
+    every: bool = False,
+    out: File | None = None,
+    picture: File | None = None,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Score preference or fine-tuning data with a model's help, and write what passes a filter; nothing is changed.
+
+    Args:
+        kind: "ches": how alike the two answers of a pair are to the model; training on such a pair lowers the
+            likelihood of both. "bci": how improbable the spans of an answer were in a reference corpus.
+        data: Data file of preference pairs; "bci" takes rows with one answer as well.
+        model: Checkpoint directory, `.gguf` file or hub id; "bci" uses its tokenizer alone.
+        keep: For "ches", the share of the pairs that is kept, those with the lowest scores.
+        score: For "ches", what the filter goes by: "ln_ches", or "ches", which follows the answers' length.
+        end: For "ches", whether answers have their end token, as in training.
+        reference: For "bci", data file of the corpus.
+        window: For "bci", tokens of a span.
+        tau: For "bci", the BCI in nats above which a span is flagged.
+        most_found: For "bci", spans that the reference holds more often do not count; 0 for no bound.
+        every: For "bci", whether spans that the reference does not hold count too.
+        out: Output directory for `scores.jsonl` (numbers only), `kept.jsonl` (rows as they were) and `audit.json`; a
+            free name below `llmsurgery-out` by default.
+        picture: PNG, SVG or PDF file for the distribution of the scores; needs the extra `pictures`.
+        force: Replace an existing output.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        batch_size: Rows per forward at most.
+        trust_remote_code: Run model code that the checkpoint brings.
+        progress: Told of long work and notices.
+
+    Returns:
+        The manifest, with `export` "none"; `operations[0].record` holds counts and quantiles of the scores.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.audit import publish_audit
+    from llmsurgery.run.audit import AuditRequest
+
+    corpus = None if reference is None else fspath(reference)
+    request = AuditRequest(
+        kind, fspath(data), fspath(model), keep, score, end, corpus, window, tau, most_found, every, device, dtype,
+        batch_size, trust_remote_code,
+    )  # fmt: skip
+    places = (None if path is None else fspath(path) for path in (out, picture))
+    place, drawing = places
+    return publish_audit(request, place, force, drawing, progress or Silent())
+
+
 def diff(
     before: File, after: File, *, out: File | None = None, force: bool = False, progress: Progress | None = None
 ) -> dict[str, object]:

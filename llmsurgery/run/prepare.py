@@ -474,13 +474,22 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
     Raises:
         InputError: Names the id and the number of embeddings.
     """
-    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     encoded = [*others, *data.texts, *data.domain, *(row for rows in data.encoded.values() for row in rows)]
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]
     encoded += data.letters.prompts if data.letters else []
     encoded += data.stereotypes.encoded if data.stereotypes else []
+    require_embedded(encoded, structure)
+
+
+def require_embedded(encoded: Sequence[Encoded], structure: Structure) -> None:
+    """Refuse token ids beyond the model's embedding.
+
+    Raises:
+        InputError: Names the id and the number of embeddings.
+    """
+    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     highest = max((max(row.ids) for row in encoded), default=0)
     if highest >= embeddings:
         raise InputError(
