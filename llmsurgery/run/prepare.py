@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llmsurgery.arch.adapter import Adapter
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
+from llmsurgery.checkpoint.target import check_relation
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.asked import NOTHING, Asked
 from llmsurgery.data.prompts import read_prompts
 from llmsurgery.data.records import Row, chosen_rows, read_rows
-from llmsurgery.demo import demo_file, world_path
+from llmsurgery.demo import demo_file
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
@@ -32,7 +34,15 @@ from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
 from llmsurgery.run.recover import DATA as RECOVERY
-from llmsurgery.run.recover import FLOOR, Other, check_tokenizers, encode_recovery, open_others, recovery_needs
+from llmsurgery.run.recover import (
+    FLOOR,
+    Other,
+    check_tokenizers,
+    encode_recovery,
+    open_others,
+    open_source,
+    recovery_needs,
+)
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -87,6 +97,7 @@ class Prepared:
         prompts: What a recovery is measured on; None for other tasks.
         asked: Everything in the files of --mcq and --contrast.
         given: What the method gets of it.
+        adapter: The adapter that is repaired; `checkpoint` is then its base.
     """
 
     request: Request
@@ -117,6 +128,7 @@ class Prepared:
     prompts: Prompts | None = None
     asked: Asked = NOTHING
     given: Asked = NOTHING
+    adapter: Adapter | None = None
 
     @property
     def export(self) -> str:
@@ -162,20 +174,25 @@ def prepare(request: Request) -> Prepared:
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
     device = resolve_device(request.device)
-    source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))
-    checkpoint = Checkpoint.open(source)
+    checkpoint, adapter = open_source(method, request.model, request.models)
+    if adapter is not None and request.save == "full" and method.spec.export_of(config) == "adapter":
+        request = dataclasses.replace(request, save="adapter")
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
     check_quantize(request.quantize, method, config, structure)
     targets = method.plan(config, structure)
+    if adapter is not None:
+        targets = adapter.targets(structure, f"the base {str(checkpoint.root)!r}")
     check_editable(targets)
     others = open_others(method, request, structure, targets, checkpoint)
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
+        if adapter is not None:
+            check_relation(adapter.root, [adapter.header.path], out)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
     in_domain = hold_back(rows, files, evaluation)
     asked = read_asked(files)
@@ -202,7 +219,7 @@ def prepare(request: Request) -> Prepared:
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
-        prompts, asked, given,
+        prompts, asked, given, adapter,
     )  # fmt: skip
 
 
