@@ -184,21 +184,27 @@ def recover_alignment(
     base: File | None = None,
     unaligned: File | None = None,
     judge: Sequence[str] = (),
+    picture: File | None = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Repair a model that lost its refusals in fine-tuning, with weights of the model it was made from.
 
     Args:
-        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id, for "alignguard" the directory of a
+            LoRA adapter; None runs the embedded demo.
         method: Method name.
-        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer.
-        harmful: Data file of prompts that the aligned model refuses; its text appears in no report.
+        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer; the base of an
+            adapter.
+        harmful: Data file of prompts that the aligned model refuses, for "alignguard" with the refusal as completion if
+            there is one; its text appears in no report.
         task: Data file of the task that the model was fine-tuned for.
         harmless: Data file of prompts that are answered; the other side of the refusal direction.
         base: The pretrained model before alignment, for "safe-lora".
         unaligned: A model with the harm in it, for "resta"; the toolkit never makes one.
         judge: A command as a list of arguments; it reads prompts and answers as JSON Lines and writes a verdict for
             each. Adds `safety.harmful_rate`.
+        picture: PNG, SVG or PDF file for the gap along the refusal direction after every block, of parent, child and
+            result; needs `harmful` beside `harmless` or `task`, and the extra `pictures`.
         **options: As for `unlearn`.
 
     Returns:
@@ -208,9 +214,23 @@ def recover_alignment(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
+    from llmsurgery.report.directions import save_gap
+    from llmsurgery.report.heat import check_picture
+
     request = _request("recover-alignment", method, model, options, harmful=harmful, task=task, harmless=harmless)
     models = _given(aligned=aligned, base=base, unaligned=unaligned)
-    return operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None:
+        check_picture(fspath(picture))
+        if model is not None and (harmful is None or (harmless is None and task is None)):
+            raise UsageError(
+                "--picture has nothing to draw",
+                "the refusal direction lies between prompts that are refused and prompts that are answered",
+                "give --harmful FILE and --harmless FILE (or --task FILE)",
+            )
+    outcome = operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        save_gap(outcome.manifest, fspath(picture))
+    return outcome
 
 
 def debias(

@@ -149,11 +149,8 @@ def find_removal(
             base, widths, rows, operation.encoder.pad_id, _micro_batch(operation), count, config.side, tick
         )
     answers = {"given": len(answered), "of_the_base": len(own), "left_out": len(asked) - len(own)}
-    record: dict[str, object] = {
-        "variant": "rank-preserving removal, per matrix",
-        "side": config.side,
-        "answers": answers,
-    }
+    variant = f"rank-preserving removal, per matrix, side {config.side}"
+    record: dict[str, object] = {"variant": variant, "answers": answers}
     return Removal(adapter, targets, config.side, bases), rows, record
 
 

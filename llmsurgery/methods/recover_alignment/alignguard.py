@@ -85,6 +85,7 @@ class Alignguard:
         selects=True,
         models=("aligned",),
         adapter=True,
+        demo_settings={"side": "in", "directions": 16},
         demo="refuse",
     )
     config_type = AlignguardConfig
