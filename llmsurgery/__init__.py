@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmsurgery.api import (
         apply,
+        audit,
         compare,
         debias,
         diff,
@@ -35,6 +36,7 @@ __all__ = [
     "SurgeryError",
     "__version__",
     "apply",
+    "audit",
     "compare",
     "debias",
     "diff",
@@ -61,6 +63,7 @@ _HOMES = {
     "inspect_checkpoint": "llmsurgery.api",
     "diff": "llmsurgery.api",
     "apply": "llmsurgery.api",
+    "audit": "llmsurgery.api",
     "revert": "llmsurgery.api",
     "run_recipe": "llmsurgery.api",
     "trace": "llmsurgery.api",

@@ -11,6 +11,7 @@ import typer
 
 from llmsurgery import __version__
 from llmsurgery.cli.apply import apply
+from llmsurgery.cli.audit import audit
 from llmsurgery.cli.compare import compare
 from llmsurgery.cli.debias import debias
 from llmsurgery.cli.diff import diff
@@ -59,6 +60,7 @@ for name, command in (
     ("methods", methods),
 ):
     app.command(name)(command)
+app.add_typer(audit, name="audit")
 
 INTERRUPTED = 130
 

@@ -104,6 +104,7 @@ def operation(command: Callable[..., None], method: str | None = None) -> Callab
 def show_outcome(output: Output, outcome: Outcome) -> None:
     """Print the outcome of an operation or recipe: tables for people, the manifest as JSON, or the path alone."""
     from llmsurgery.report.controls import controls_of
+    from llmsurgery.report.directions import gap_table
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
     manifest = cast(dict[str, Any], outcome.manifest)
@@ -115,6 +116,8 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
     if outcome.examples:
         rows = [(example.question, example.before, example.after) for example in outcome.examples]
         output.show(rows_table(("question", "answer before", "answer after"), rows, "examples (on screen only)"))
+    if (gap := gap_table(manifest)) is not None:
+        output.show(gap)
     if controls := controls_of(manifest):
         output.show(rows_table(*controls))
     for gate in manifest["gates"]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from llmsurgery.arch.adapter import Adapter
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
@@ -62,6 +63,7 @@ class MethodSpec:
         targetless: Whether pairs need no target: the name alone says what is to change.
         models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
         walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
+        adapter: Whether MODEL is a LoRA adapter, and the model called "aligned" its base.
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
@@ -89,6 +91,7 @@ class MethodSpec:
     targetless: bool = False
     models: tuple[str, ...] = ()
     walks: bool = False
+    adapter: bool = False
     structured: bool = False
     pictures: bool = False
 
@@ -140,6 +143,8 @@ class Operation:
         beside: Directory of what earlier operations kept beside the source; it may not exist.
         history: The operations that made the source, oldest first, as its manifest tells them.
         models: Further models by name ("aligned", "base", "unaligned").
+        adapter: The adapter that is the source, for a method of adapters; `read`, `model` and `models` are then the
+            base with it merged, that in memory, and the base alone.
         recovery: Measures refusals and the task on a model in memory; None for other tasks.
         pictured: Questions about pictures that it may learn from, or None.
     """
@@ -163,6 +168,7 @@ class Operation:
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     recovery: Recovery | None = None
     pictured: PicturedSet | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

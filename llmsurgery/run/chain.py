@@ -16,8 +16,6 @@ from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.checkpoint.target import Claim, make_partial, partial_of, remove, take_over
 from llmsurgery.compute.progress import Progress
-from llmsurgery.compute.source import resolve_source
-from llmsurgery.demo import world_path
 from llmsurgery.errors import GateError, SurgeryError, UsageError
 from llmsurgery.evaluate.gates import Gate
 from llmsurgery.run.chain_manifest import FAILED, NOT_RUN, PASSED, Ran, build, chain_metrics, outcomes, total_cost
@@ -28,6 +26,7 @@ from llmsurgery.run.manifest import NAME, encode_manifest
 from llmsurgery.run.overrides import Loaded
 from llmsurgery.run.prepare import check_report, report_path
 from llmsurgery.run.record import CARD
+from llmsurgery.run.recover import open_source
 from llmsurgery.run.replay import check_data, check_source
 from llmsurgery.run.request import Request
 
@@ -61,7 +60,7 @@ def run_recipe(loaded: Loaded, manner: Manner, operate: Operate, write_card: Wri
     recipe = loaded.recipe
     planned = plan_steps(recipe, manner.trust_remote_code)
     gates = end_gates(recipe, planned)
-    source = Checkpoint.open(resolve_source(recipe.model or world_path(planned[0].method.spec.demo)))
+    source, _ = open_source(planned[0].method, recipe.model, planned[0].request.models)
     if loaded.recorded is not None:
         check_data(loaded.recorded, {step.name: step.digests for step in planned})
         check_source(loaded.recorded, source)

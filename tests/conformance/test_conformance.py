@@ -27,8 +27,8 @@ from llmsurgery.methods.settings import settings_of
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
-from ..builders.twin import twin
-from ..conftest import write_asked, write_data_files, write_pairs, write_recovery_files
+from ..builders.twin import adapter_of, twin
+from ..conftest import HARMFUL, write_asked, write_data_files, write_pairs, write_recovery_files, write_rows
 from ..edits.reference import expected
 
 # The function of each task, and the data that its methods are given.
@@ -93,6 +93,9 @@ def operate(method: str, model: Path, data: dict[str, Path], **options: Any) -> 
     """Run a method by the function of its task."""
     function, names = TASKS[METHODS[method].task]
     models = {name: twin(model, name) for name in METHODS[method].models}
+    if METHODS[method].adapter:
+        model, models = adapter_of(model), {"aligned": model}
+        data = {**data, "harmful": data["safe"]}
     return function(model, method=method, **options, **models, **{name: data[name] for name in names})
 
 
@@ -214,6 +217,7 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("conformance")
     files = write_data_files(root)
     data = {**files, **write_recovery_files(root), "pairs": write_pairs(root), **write_asked(root)}
+    data["safe"] = write_rows(root / "safe.jsonl", [{**row, "completion": "I'm sorry."} for row in HARMFUL])
     data |= {"calibration": files["text"], "domain": files["retain"]}
     return Runs(checkpoints, data, root)
 
