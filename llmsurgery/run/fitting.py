@@ -54,16 +54,18 @@ def check_quantize(mode: str, method: Method, config: object, structure: Structu
         UnsupportedError: bitsandbytes is not there, or the model has nothing that can be quantised.
     """
     training = getattr(config, "training", None)
-    full = isinstance(training, TrainingConfig) and training.train == "full"
+    full = not isinstance(training, TrainingConfig) or training.train == "full"
     if mode not in MODES:
         raise unknown_name("value of --quantize", mode, MODES)
     if mode != "none" and not method.spec.trained:
         raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
     if mode != "none" and full:
         raise UsageError(
-            f"--quantize {mode} does not go with train=full",
+            f"--quantize {mode} does not go with training of the weights themselves",
             "quantised weights cannot move: steps are far smaller than the distance of their values",
-            "train adapters (--set train=lora), or drop --quantize",
+            "train adapters (--set train=lora), or drop --quantize"
+            if isinstance(training, TrainingConfig)
+            else "drop --quantize",
         )
     if uses_bitsandbytes(mode, config):
         from llmsurgery.compute.quantised import import_bitsandbytes, quantisable

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.redirection import Probe
 
 SETS = ("forget", "retain", "holdout", "authors", "facts")
-DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DATA_NAMES = (*SETS, "text", "calibration", "domain", "corpus")
 DEMO_DATA = {"calibration": "retain", "domain": "facts"}
 """Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
@@ -168,6 +168,9 @@ def prepare(request: Request) -> Prepared:
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
+    settle_own = getattr(method, "settle", None)
+    config = config if settle_own is None else settle_own(config, structure)
+    check_dtypes(method, structure, request.dtype, dtype)
     check_quantize(request.quantize, method, config, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
@@ -228,10 +231,43 @@ def available_needs(
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     given |= {"letters"} if "mcq" in files else set()
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
+    if method.spec.task == "remove-layernorm":
+        given |= {"loss", "norms"}
     if method.spec.task == "prune":
+        given.add("loss")
         timed = method.spec.structured and evaluation.figures == "all"
         given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
+
+
+def check_dtypes(method: Method, structure: Structure, asked: str, computed: torch.dtype) -> None:
+    """Refuse dtypes that the result of a method does not fit into.
+
+    Args:
+        method: The method.
+        structure: The roles.
+        asked: The option --dtype.
+        computed: What it stands for on this device.
+
+    Raises:
+        UnsupportedError: The checkpoint is stored in such a dtype, or would be computed in it.
+    """
+    codes = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    for name in method.spec.refuses:
+        stored = [tensor for tensor in structure.tensors if tensor.dtype == codes[name]]
+        if stored:
+            raise UnsupportedError(
+                f"tensor {stored[0].stored} is stored as {name}",
+                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
+                "store the model as float32 or bfloat16 first (`from_pretrained(..., dtype=torch.float32)`, then "
+                "`save_pretrained`)",
+            )
+        if str(computed).removeprefix("torch.") == name:
+            raise UnsupportedError(
+                f"--dtype {asked} means {name} here",
+                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
+                "use --dtype float32 or --dtype bfloat16",
+            )
 
 
 def check_editable(targets: Sequence[RoleTensor]) -> None:
@@ -313,9 +349,10 @@ def guard_source(method: Method, request: Request) -> str:
     Raises:
         UsageError: A guard was asked for of a method that does not train.
     """
-    if not method.spec.trained:
+    if not (method.spec.trained and method.spec.guarded):
         if request.guard not in (None, "none"):
-            raise UsageError(f"{method.spec.name} has no --guard", "it does not train", "drop --guard")
+            why = "all it trains for is ordinary text" if method.spec.trained else "it does not train"
+            raise UsageError(f"{method.spec.name} has no --guard", why, "drop --guard")
         return "none"
     # A preset reproduces a paper, which knows no guard.
     paper = request.settings.get("preset") not in (None, "toolkit")
@@ -343,7 +380,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        kept = () if is_debiasing(method) else ("retain",)
+        kept = () if is_debiasing(method) or method.spec.task == "remove-layernorm" else ("retain",)
         usual = RECOVERY if method.spec.models else kept
         for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
