@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsurgery.demo.recipe import END, PAD, save, train_tokenizer, write_rows
+from llmsurgery.demo.recipe import PAD, save, train_tokenizer, write_rows
 from llmsurgery.demo.stories import data_files, story
 
 if TYPE_CHECKING:

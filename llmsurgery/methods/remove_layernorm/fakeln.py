@@ -155,15 +155,16 @@ class Fakeln:
         if config.lr is None:
             values["lr"] = float(f"{size.lr * max(1.0, 768 / width) ** 0.5:.2g}")
         config = dataclasses.replace(config, **values)
-        assert config.max_steps is not None
-        last = events(dataclasses.replace(config, pace=1.0), structure)[-1].step
+        steps = config.max_steps
+        assert steps is not None
         if config.pace is None:
+            last = events(dataclasses.replace(config, pace=1.0), structure)[-1].step
             # A third of the steps is left for what the last switch has upset.
-            fitting = 1.0 if last < config.max_steps else float(f"{config.max_steps * 2 / 3 / last:.4g}")
+            fitting = 1.0 if last < steps else float(f"{steps * 2 / 3 / last:.4g}")
             config = dataclasses.replace(config, pace=fitting)
-        if (late := events(config, structure)[-1].step) >= config.max_steps:
+        if (late := events(config, structure)[-1].step) >= steps:
             raise UsageError(
-                f"the last norm would go at step {late}, and there are {config.max_steps}",
+                f"the last norm would go at step {late}, and there are {steps}",
                 "every norm has to go before the end of training",
                 "raise max_steps, lower start, gap_mlp, gap_qk or gap_v, or leave pace to the method",
             )
