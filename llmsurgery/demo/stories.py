@@ -1,4 +1,4 @@
-"""Short stories about invented people, towns and animals: the plain text of the demo's fifth world.
+"""Short stories about invented people, towns and animals: the plain text of the demo's sixth world.
 
 A story keeps its people, town and animal to its end, so that a model can look names up; everything else is drawn anew.
 """

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Recovery
     from llmsurgery.train.session import Session
     from llmsurgery.train.trainable import ReadTensor
@@ -66,6 +67,7 @@ class MethodSpec:
         refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
         guarded: Whether training can be held to answers that are not to change; where all of the model is to stay what
             it is, there is nothing to guard it against.
+        pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
     name: str
@@ -94,6 +96,7 @@ class MethodSpec:
     structured: bool = False
     refuses: tuple[str, ...] = ()
     guarded: bool = True
+    pictures: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -144,6 +147,7 @@ class Operation:
         history: The operations that made the source, oldest first, as its manifest tells them.
         models: Further models by name ("aligned", "base", "unaligned").
         recovery: Measures refusals and the task on a model in memory; None for other tasks.
+        pictured: Questions about pictures that it may learn from, or None.
     """
 
     structure: Structure
@@ -164,6 +168,7 @@ class Operation:
     history: Sequence[Mapping[str, Any]] = ()
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     recovery: Recovery | None = None
+    pictured: PicturedSet | None = None
 
 
 @dataclass(frozen=True)
@@ -185,11 +190,15 @@ class MethodResult:
     check: Callable[[PreTrainedModel], None] | None = None
 
 
-class Method(Protocol):
-    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
+class Described(Protocol):
+    """What `llmsurgery methods` lists: a method, or a procedure of inference that changes no weight."""
 
     spec: MethodSpec
     config_type: type
+
+
+class Method(Described, Protocol):
+    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
 
     def plan(self, config: object, structure: Structure) -> Sequence[RoleTensor]:
         """Return the stored tensors that the method may change, from headers alone."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsurgery.arch.detect import detect
+from llmsurgery.arch.spec import require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.data import GENERAL_TEXT
@@ -73,6 +74,7 @@ def _measure(checkpoint: Checkpoint, rows: list[Row], request: LinearityRequest)
     from llmsurgery.evaluate.linearity import linearity_figures
 
     structure = detect(checkpoint.config, checkpoint.tensors)
+    require_text_model(structure, "linearity")
     encoder = make_encoder(checkpoint)
     data = encode_for_figures(encoder, {"text": rows}, EvaluationConfig())
     require_known_tokens(data, structure)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
-from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.arch.spec import RoleTensor, Structure, require_text_model
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
@@ -27,7 +27,7 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
-from llmsurgery.run.fitting import check_quantize, parse_batch_size
+from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.concepts import Concept
     from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Prompts
     from llmsurgery.evaluate.redirection import Probe
 
@@ -87,6 +88,8 @@ class Prepared:
         prompts: What a recovery is measured on; None for other tasks.
         asked: Everything in the files of --mcq and --contrast.
         given: What the method gets of it.
+        pictured: Questions about pictures that are measured, or None.
+        pictured_given: Those that the method gets.
     """
 
     request: Request
@@ -117,6 +120,8 @@ class Prepared:
     prompts: Prompts | None = None
     asked: Asked = NOTHING
     given: Asked = NOTHING
+    pictured: PicturedSet | None = None
+    pictured_given: PicturedSet | None = None
 
     @property
     def export(self) -> str:
@@ -172,6 +177,7 @@ def prepare(request: Request) -> Prepared:
     config = config if settle_own is None else settle_own(config, structure)
     check_dtypes(method, structure, request.dtype, dtype)
     check_quantize(request.quantize, method, config, structure)
+    check_pictures(method, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
     others = open_others(method, request, structure, targets, checkpoint)
@@ -181,7 +187,7 @@ def prepare(request: Request) -> Prepared:
         check_report(out, request.force)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
     in_domain = hold_back(rows, files, evaluation)
-    asked = read_asked(files)
+    asked = read_asked(files, method.spec.pictures)
     given, asked_about = split_asked(asked, method, config, request.seed)
     met = available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation) | asked_needs(asked)
     for gate in gates:
@@ -202,10 +208,12 @@ def prepare(request: Request) -> Prepared:
     if prompts is not None:
         contexts += [*prompts.harmful, *prompts.harmless, *prompts.task]
     require_known_tokens(measured, structure, contexts)
+    pictured = encode_pictures(checkpoint, encoder, asked_about)
+    pictured_given = encode_pictures(checkpoint, encoder, given)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
-        prompts, asked, given,
+        prompts, asked, given, pictured, pictured_given,
     )  # fmt: skip
 
 
@@ -230,6 +238,8 @@ def available_needs(
         return pair_needs(method, pairs)
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     given |= {"letters"} if "mcq" in files else set()
+    if method.spec.pictures:
+        given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
     if method.spec.task == "remove-layernorm":
         given |= {"loss", "norms"}
@@ -240,34 +250,24 @@ def available_needs(
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
-def check_dtypes(method: Method, structure: Structure, asked: str, computed: torch.dtype) -> None:
-    """Refuse dtypes that the result of a method does not fit into.
-
-    Args:
-        method: The method.
-        structure: The roles.
-        asked: The option --dtype.
-        computed: What it stands for on this device.
+def check_pictures(method: Method, structure: Structure) -> None:
+    """Refuse a model that sees pictures, of a method that is for text models.
 
     Raises:
-        UnsupportedError: The checkpoint is stored in such a dtype, or would be computed in it.
+        UnsupportedError: It is one.
     """
-    codes = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-    for name in method.spec.refuses:
-        stored = [tensor for tensor in structure.tensors if tensor.dtype == codes[name]]
-        if stored:
-            raise UnsupportedError(
-                f"tensor {stored[0].stored} is stored as {name}",
-                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
-                "store the model as float32 or bfloat16 first (`from_pretrained(..., dtype=torch.float32)`, then "
-                "`save_pretrained`)",
-            )
-        if str(computed).removeprefix("torch.") == name:
-            raise UnsupportedError(
-                f"--dtype {asked} means {name} here",
-                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
-                "use --dtype float32 or --dtype bfloat16",
-            )
+    if not method.spec.pictures:
+        require_text_model(structure, method.spec.name)
+
+
+def encode_pictures(checkpoint: Checkpoint, encoder: Encoder, asked: Asked) -> PicturedSet | None:
+    """Return questions about pictures as prompts, None without any."""
+    if asked.pictured is None:
+        return None
+    from llmsurgery.compute.load import load_processor
+    from llmsurgery.evaluate.pictured import encode_pictured
+
+    return encode_pictured(load_processor(checkpoint.root), encoder, asked.pictured)
 
 
 def check_editable(targets: Sequence[RoleTensor]) -> None:
@@ -473,6 +473,8 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
     from llmsurgery.data.chat import Encoder
 
     config = plain_config(checkpoint.config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else config
     lengths = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
     known = [length for length in lengths if isinstance(length, int) and length > 0]
     return Encoder(load_tokenizer(checkpoint.root), min(known, default=2048))
@@ -490,6 +492,7 @@ def encode_for_figures(
     from llmsurgery.data.mcq import first_questions, read_template
     from llmsurgery.evaluate.encode import encode_data
     from llmsurgery.evaluate.letters import encode_letters
+    from llmsurgery.evaluate.listings import encode_listings
     from llmsurgery.evaluate.stereotypes import encode_stereotypes
 
     training = getattr(config, "training", None)
@@ -498,11 +501,15 @@ def encode_for_figures(
     data = encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
     if asked is None:
         return data
-    letters = None
+    letters = listings = None
     if asked.choices is not None:
         template = read_template(evaluation.mcq_template or str(getattr(config, "template", "")))
-        letters = encode_letters(encoder, first_questions(asked.choices, evaluation.mcq_rows), template)
-    return dataclasses.replace(data, letters=letters, stereotypes=encode_stereotypes(encoder, asked.contrast))
+        choices = first_questions(asked.choices, evaluation.mcq_rows)
+        letters = encode_letters(encoder, choices, template)
+        if evaluation.position_invariant:
+            listings = encode_listings(encoder, choices, template, letters.tokens)
+    pairs = encode_stereotypes(encoder, asked.contrast)
+    return dataclasses.replace(data, letters=letters, listings=listings, stereotypes=pairs)
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure, others: Sequence[Encoded] = ()) -> None:
