@@ -302,6 +302,48 @@ def prune(
     return operate(request, options.get("progress"))
 
 
+def remove_layernorm(
+    model: File | None = None,
+    *,
+    method: str = "fakeln",
+    corpus: File | None = None,
+    picture: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Train a model until its norms are affine maps, or fold the gains of its norms into its matrices.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: "fakeln" trains, "fold" only folds.
+        corpus: Data file of ordinary text to train on; its last windows are only measured.
+        picture: PNG, SVG or PDF file for the constants of all norms over the steps; needs the extra `pictures`.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.report.heat import check_picture
+
+    request = _request("remove-layernorm", method, model, options, corpus=corpus)
+    if picture is not None:
+        check_picture(fspath(picture))
+        if method == "fold" or request.save != "full" or request.dry_run:
+            raise UsageError(
+                "there is nothing to draw",
+                "the picture shows the constants of norms in training, from what lies beside a whole checkpoint",
+                "drop --picture, or run --method fakeln with --save full",
+            )
+    outcome = operate(request, options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        from llmsurgery.report.sigmas import save_sigmas
+
+        save_sigmas(outcome.out, fspath(picture))
+    return outcome
+
+
 def run_recipe(
     recipe: File,
     assignments: Sequence[str] = (),
@@ -793,6 +835,43 @@ def audit(
     places = (None if path is None else fspath(path) for path in (out, picture))
     place, drawing = places
     return publish_audit(request, place, force, drawing, progress or Silent())
+
+
+def linearity(
+    model: File,
+    *,
+    source: File | None = None,
+    text: File | None = None,
+    require: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, object]:
+    """Check how linear a model's norms are, and what direct logit attribution is worth; nothing is changed.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+        source: The model before its norms were removed, to compare with.
+        text: Data file of plain text; a shipped text by default.
+        require: Gates on `linearity.norm_error` and `linearity.attribution_error`.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        trust_remote_code: Run model code that a checkpoint brings.
+
+    Returns:
+        `models`: "model", and "source" where given -> `path`, `figures`, `norms` with the error of each and
+        `components` with that of each component's attribution; `gates`, and `tokens` that were looked at.
+
+    Raises:
+        GateError: A gate failed.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.run.linearity import LinearityRequest, check_linearity
+
+    paths = [None if one is None else fspath(one) for one in (source, text)]
+    return check_linearity(
+        LinearityRequest(fspath(model), paths[0], paths[1], tuple(require), device, dtype, trust_remote_code)
+    )
 
 
 def diff(

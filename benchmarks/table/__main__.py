@@ -12,6 +12,7 @@ from benchmarks.table.cost import covariance, flat_step, memory, startup, unlear
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
+from benchmarks.table.norms import layernorm
 from benchmarks.table.page import machine, newest
 from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
@@ -65,6 +66,7 @@ SECTIONS = {
     "prune_peers_large": prune_peers,
     "recipe_smollm2": recipe_smollm2,
     "vision_demo": vision_demo,
+    "layernorm": layernorm,
 }
 
 

@@ -18,6 +18,7 @@ from llmsurgery.cli.diff import diff
 from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
 from llmsurgery.cli.lens import lens
+from llmsurgery.cli.linearity import linearity
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
@@ -25,6 +26,7 @@ from llmsurgery.cli.prune import prune
 from llmsurgery.cli.recipes import recipes
 from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
+from llmsurgery.cli.remove_layernorm import remove_layernorm
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.run import run_recipe
 from llmsurgery.cli.trace import trace
@@ -44,6 +46,7 @@ for name, command in (
     ("redirect", redirect),
     ("recover-alignment", recover_alignment),
     ("prune", prune),
+    ("remove-layernorm", remove_layernorm),
     ("debias", debias),
     ("run", run_recipe),
     ("recipes", recipes),
@@ -53,6 +56,7 @@ for name, command in (
     ("trace", trace),
     ("neurons", neurons),
     ("lens", lens),
+    ("linearity", linearity),
     ("diff", diff),
     ("apply", apply),
     ("revert", revert),

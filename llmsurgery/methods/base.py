@@ -3,7 +3,8 @@
 A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
 also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
 pairs)` in its place, which returns what `concept.prob` is measured on. A method of the task `debias` needs "mcq" or
-"contrast", and has `check_asked(config, encoder, given)`, which raises.
+"contrast", and has `check_asked(config, encoder, given)`, which raises. One whose hyperparameters depend on the
+model has `settle(config, structure)`, which returns the config with all of them filled in.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class MethodSpec:
         walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
         adapter: Whether MODEL is a LoRA adapter, and the model called "aligned" its base.
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
+        refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
+        guarded: Whether training can be held to answers that are not to change; where all of the model is to stay what
+            it is, there is nothing to guard it against.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
@@ -93,6 +97,8 @@ class MethodSpec:
     walks: bool = False
     adapter: bool = False
     structured: bool = False
+    refuses: tuple[str, ...] = ()
+    guarded: bool = True
     pictures: bool = False
 
     def export_of(self, config: object) -> str:

@@ -76,6 +76,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         before = _measure(prepared, streamed or source[0], notices, rows, keep_reference=True, retained=retained)
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
         before = _with_pruning(prepared, streamed or source[0], prepared.checkpoint, before)
+        before = _with_linearity(prepared, source[0], before)
         before = _with_recovery(source[0], before, recovery, notices, rows)
         before = _with_pictures(prepared, source[0], before, notices, rows)
         if prepared.adapter is not None:
@@ -241,6 +242,15 @@ def _with_pruning(
     return with_pruning_figures(measured, checkpoint, model, prepared.measured.texts, structured)
 
 
+def _with_linearity(prepared: Prepared, model: PreTrainedModel, measured: Measurement) -> Measurement:
+    """Add how linear the norms are, if removing them is what is done."""
+    if prepared.method.spec.task != "remove-layernorm":
+        return measured
+    from llmsurgery.evaluate.linearity import with_linearity_figures
+
+    return with_linearity_figures(measured, model, prepared.structure, prepared.measured.texts)
+
+
 def _expected_answers(
     prepared: Prepared, source: PreTrainedModel, notices: Notices, rows: Halving
 ) -> Mapping[int, Expected]:
@@ -332,6 +342,7 @@ def measure_result(
             check(model)
         after = _measure(prepared, streamed or model, notices, rows, before.reference, retained=before.retained)
         after = _with_pruning(prepared, streamed or model, Checkpoint.open(path), after)
+        after = _with_linearity(prepared, model, after)
         after = _with_redirection(prepared, model, after, before.redirected, notices, rows)
         after = _with_pictures(prepared, model, after, notices, rows, result.path)
         return _with_recovery(model, after, before.recovery, notices, rows)

@@ -29,7 +29,7 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
-from llmsurgery.run.fitting import check_quantize, parse_batch_size
+from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.redirection import Probe
 
 SETS = ("forget", "retain", "holdout", "authors", "facts")
-DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DATA_NAMES = (*SETS, "text", "calibration", "domain", "corpus")
 DEMO_DATA = {"calibration": "retain", "domain": "facts"}
 """Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
@@ -186,6 +186,9 @@ def prepare(request: Request) -> Prepared:
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
+    settle_own = getattr(method, "settle", None)
+    config = config if settle_own is None else settle_own(config, structure)
+    check_dtypes(method, structure, request.dtype, dtype)
     check_quantize(request.quantize, method, config, structure)
     check_pictures(method, structure)
     targets = method.plan(config, structure)
@@ -255,7 +258,10 @@ def available_needs(
     if method.spec.pictures:
         given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
+    if method.spec.task == "remove-layernorm":
+        given |= {"loss", "norms"}
     if method.spec.task == "prune":
+        given.add("loss")
         timed = method.spec.structured and evaluation.figures == "all"
         given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
@@ -360,9 +366,10 @@ def guard_source(method: Method, request: Request) -> str:
     Raises:
         UsageError: A guard was asked for of a method that does not train.
     """
-    if not method.spec.trained:
+    if not (method.spec.trained and method.spec.guarded):
         if request.guard not in (None, "none"):
-            raise UsageError(f"{method.spec.name} has no --guard", "it does not train", "drop --guard")
+            why = "all it trains for is ordinary text" if method.spec.trained else "it does not train"
+            raise UsageError(f"{method.spec.name} has no --guard", why, "drop --guard")
         return "none"
     # A preset reproduces a paper, which knows no guard.
     paper = request.settings.get("preset") not in (None, "toolkit")
@@ -390,7 +397,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        kept = () if is_debiasing(method) else ("retain",)
+        kept = () if is_debiasing(method) or method.spec.task == "remove-layernorm" else ("retain",)
         usual = RECOVERY if method.spec.models else kept
         for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))

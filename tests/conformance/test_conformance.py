@@ -16,7 +16,18 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, debias, diff, prune, recover_alignment, redirect, revert, unlearn, verify
+from llmsurgery import (
+    apply,
+    debias,
+    diff,
+    prune,
+    recover_alignment,
+    redirect,
+    remove_layernorm,
+    revert,
+    unlearn,
+    verify,
+)
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
@@ -38,6 +49,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "recover-alignment": (recover_alignment, ("harmful", "harmless", "task", "text")),
     "debias": (debias, ("mcq", "contrast", "text")),
     "prune": (prune, ("calibration", "domain", "text")),
+    "remove-layernorm": (remove_layernorm, ("corpus", "text")),
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
@@ -83,10 +95,16 @@ def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False)
 
 
 def supported(method: str, root: Path) -> bool:
-    """Whether a checkpoint has the roles that a method says it needs, and none that it cannot do with."""
+    """Whether a checkpoint has the roles and dtypes that a method says it needs, and none that it cannot do with."""
     checkpoint = Checkpoint.open(root)
     needed, present = METHODS[method].roles, set(detect(checkpoint.config, checkpoint.tensors).roles)
-    return (not needed or bool(set(needed) & present)) and not set(METHODS[method].lacks) & present
+    stored = {info.dtype for info in checkpoint.tensors.values()}
+    refused = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    return (
+        (not needed or bool(set(needed) & present))
+        and not set(METHODS[method].lacks) & present
+        and not {refused[name] for name in METHODS[method].refuses} & stored
+    )
 
 
 def operate(method: str, model: Path, data: dict[str, Path], **options: Any) -> Any:
@@ -218,7 +236,7 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     files = write_data_files(root)
     data = {**files, **write_recovery_files(root), "pairs": write_pairs(root), **write_asked(root)}
     data["safe"] = write_rows(root / "safe.jsonl", [{**row, "completion": "I'm sorry."} for row in HARMFUL])
-    data |= {"calibration": files["text"], "domain": files["retain"]}
+    data |= {"calibration": files["text"], "domain": files["retain"], "corpus": files["text"]}
     return Runs(checkpoints, data, root)
 
 
@@ -333,7 +351,9 @@ def test_result_reloads_with_the_logits_of_base_plus_edits(
         _, report = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return
-    reference = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32)
+    # What edits say of the config belongs to them.
+    said = {e.path[1]: e.value for e in run.edits if isinstance(e, Config) and e.path[0] == "config.json"}
+    reference = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32, **said)
     written = Checkpoint.open(run.out)
     ids = torch.arange(1, 25)[None]
     with torch.inference_mode():
