@@ -60,6 +60,7 @@ class Family:
         state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
+        scaled_embedding: Whether what the embedding gives is multiplied by the root of the width.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
     router_scores: str = "softmax"
+    scaled_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Structure:
         other: Stored names without a role.
         copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
         experts: Number of routed experts of a block, 0 without any.
+        heads: Number of query heads of a block, 0 if the config does not say.
     """
 
     family: Family
@@ -144,6 +147,7 @@ class Structure:
     other: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     experts: int = 0
+    heads: int = 0
 
     @property
     def roles(self) -> list[str]:
