@@ -11,6 +11,7 @@ from benchmarks.table.cost import covariance, flat_step, memory, startup, unlear
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
+from benchmarks.table.narrowing import prune_pat
 from benchmarks.table.page import machine, newest
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
 
@@ -22,6 +23,7 @@ Repeat them with `make benchmarks` (startup, the FLAT step, every method's step,
 and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
 `python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl`,
+`python -m benchmarks.prune_pat MODEL TEXT.jsonl`,
 `python -m benchmarks.debias_smollm2 MODEL ARC.jsonl TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
 `python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
@@ -52,6 +54,7 @@ SECTIONS = {
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
     "debias_smollm2": debias_smollm2,
+    "prune_pat": prune_pat,
 }
 
 

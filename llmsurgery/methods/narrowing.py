@@ -263,7 +263,7 @@ def written_values(values: Values, operator: Operator | None) -> Values:
         part.detach().cpu().double().numpy() for part in (operator.inner, operator.outer, operator.scale)
     )
     mixed = values + outer @ (inner @ values)
-    return cast("Values", (scale * mixed.T).T)
+    return (scale * mixed.T).T
 
 
 def _replaced(

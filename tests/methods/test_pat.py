@@ -1,4 +1,4 @@
-"""PAT: the worked numbers of the specification, what training starts from, and the folded model against the gated one."""
+"""PAT: the worked numbers of the specification, the start of training, and the folded model against the gated one."""
 
 from __future__ import annotations
 

@@ -95,9 +95,13 @@ class PatConfig:
     kept: str = option(
         "learned", "which channels stay; what is not learned is there to compare with", ("learned", "random", "first")
     )
-    horizon: int = option(0, "steps s0 in which the gates close; 0: a third of all steps", minimum=0)
+    horizon: int = option(
+        0,
+        "steps s0 in which the gates close; 0: a third of all steps, or 100 if these are fewer and there is room",
+        minimum=0,
+    )
     rounded: float = option(0.5, "share of the steps, the last, under the rounded gate", minimum=0, maximum=1)
-    gate_lr: float | None = option(None, "step size of the proxies w; none: 5 / horizon", minimum=0)
+    gate_lr: float | None = option(None, "step size of the proxies w; none: 6 / horizon", minimum=0)
     identity_weight: float = option(1.0, "weight of the identity loss; 0 leaves v at 1, too", minimum=0)
     teacher: bool = option(False, "train on the source's distributions; the option --teacher sets it")
     window: int = option(128, "tokens of a piece of plain text", minimum=8)
@@ -118,6 +122,7 @@ class Pat:
         uses=("calibration",),
         export="plain",
         trained=True,
+        demo_settings={"max_steps": 200},
         lr_scale=10.0,
         structured=True,
         roles=GATED,
@@ -186,7 +191,7 @@ class Pat:
         structure, session, training = operation.structure, operation.training, config.training
         widths = widths_of(config.width, structure)
         steps = max(1, planned_steps(training, len(prepared)))
-        gate = make_gate(config, operation, widths, config.horizon or steps // 3)
+        gate = make_gate(config, operation, widths, horizon_of(config, steps))
         with (
             prepare_trainable(operation.model, self.moved(config, structure), training, operation.read) as trainable,
             gate.attached(operation.model, structure),
@@ -226,6 +231,14 @@ def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> d
     return ranks
 
 
+def horizon_of(config: PatConfig, steps: int) -> int:
+    """Return s0: gates need some dozens of steps to come to a decision, and stand still before they are rounded."""
+    from llmsurgery.train.width_gate import SETTLED
+
+    room = int((1 - config.rounded) * steps / SETTLED)
+    return config.horizon or max(steps // 3, min(100, room))
+
+
 def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: int) -> WidthGate:
     """Return the gate of a run, on the model's device."""
     import torch
@@ -247,7 +260,7 @@ def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: 
 def with_gate(trainable: Trainable, gate: WidthGate, config: PatConfig) -> Trainable:
     """Return a model prepared for training with the gate and its operators among what moves."""
     lr = config.training.lr or 0.0
-    gate_lr = 5 / gate.horizon if config.gate_lr is None else config.gate_lr
+    gate_lr = 6 / gate.horizon if config.gate_lr is None else config.gate_lr
     parameters = [*trainable.parameters, *gate.moving()]
     factors = [1.0] * len(parameters)
     if gate.fixed is None:
@@ -283,7 +296,7 @@ def require_decided(gate: WidthGate, steps: int) -> None:
             f"{undecided:.0%} of the gates are undecided after {steps} steps",
             f"their proxies are within 0.05 of 0, and rounding would open and close them at will; {MOST_UNDECIDED:.0%} "
             "may be",
-            f"raise the step size of the gates (--set gate_lr=..., {5 / gate.horizon:.2g} suits this horizon), or take "
+            f"raise the step size of the gates (--set gate_lr=..., {6 / gate.horizon:.2g} suits this horizon), or take "
             "more steps",
         )
 
