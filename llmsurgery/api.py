@@ -270,6 +270,7 @@ def prune(
     of: str | None = None,
     hidden: int | None = None,
     layers: int | None = None,
+    teacher: bool = False,
     calibration: File | None = None,
     domain: File | None = None,
     **options: Unpack[Options],
@@ -284,7 +285,9 @@ def prune(
         of: What `sparsity` is a share of: "prunable" matrices or "all" parameters.
         hidden: Width that is kept, for methods that narrow the residual stream.
         layers: Number of blocks that are kept, for methods that remove blocks.
-        calibration: Data file of ordinary text that activations are taken from; a shipped text by default.
+        teacher: Distil from the source while training, for methods that train.
+        calibration: Data file of ordinary text that activations are taken from, or that is trained on; a shipped text
+            by default.
         domain: Data file of the domain that the model is to stay good at; its last rows are only measured.
         **options: As for `unlearn`.
 
@@ -297,7 +300,9 @@ def prune(
     from llmsurgery.methods.amounts import amount_settings
 
     request = _request("prune", method, model, options, calibration=calibration, domain=domain)
-    amounts = amount_settings(method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers)
+    amounts = amount_settings(
+        method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers, teacher=teacher or None
+    )
     request = dataclasses.replace(request, settings={**request.settings, **amounts})
     return operate(request, options.get("progress"))
 

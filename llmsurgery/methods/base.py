@@ -67,8 +67,6 @@ class MethodSpec:
         adapter: Whether MODEL is a LoRA adapter, and the model called "aligned" its base.
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
         refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
-        guarded: Whether training can be held to answers that are not to change; where all of the model is to stay what
-            it is, there is nothing to guard it against.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
@@ -98,7 +96,6 @@ class MethodSpec:
     adapter: bool = False
     structured: bool = False
     refuses: tuple[str, ...] = ()
-    guarded: bool = True
     pictures: bool = False
 
     def export_of(self, config: object) -> str:

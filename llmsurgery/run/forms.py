@@ -135,7 +135,9 @@ def _check_repaired(prepared: Prepared, save: str) -> None:
 
 def adapter_training(prepared: Prepared) -> TrainingConfig | None:
     """Return the training settings of a run that trains adapters, else None."""
-    training = getattr(prepared.config, "training", None) if prepared.export == "plain" else None
+    # What makes matrices smaller is no low-rank term beside them.
+    whole = prepared.export == "plain" and not prepared.method.spec.structured
+    training = getattr(prepared.config, "training", None) if whole else None
     return training if isinstance(training, TrainingConfig) and training.train == "lora" else None
 
 

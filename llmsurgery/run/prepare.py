@@ -364,11 +364,10 @@ def guard_source(method: Method, request: Request) -> str:
     """Return "self", "none" or the file that the guard is made from.
 
     Raises:
-        UsageError: A guard was asked for of a method that does not train.
+        UsageError: A guard was asked for of a method that does not train, or makes nothing forgotten.
     """
-    if not (method.spec.trained and method.spec.guarded):
+    if (why := unwatched(method)) is not None:
         if request.guard not in (None, "none"):
-            why = "all it trains for is ordinary text" if method.spec.trained else "it does not train"
             raise UsageError(f"{method.spec.name} has no --guard", why, "drop --guard")
         return "none"
     # A preset reproduces a paper, which knows no guard.
@@ -425,6 +424,13 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     return files
 
 
+def unwatched(method: Method) -> str | None:
+    """Return why a method has neither guard nor stop rule, None if it has."""
+    if not method.spec.trained:
+        return "it does not train"
+    return None if "forget" in method.spec.needs else "nothing is to be forgotten"
+
+
 def check_untrained(method: Method, request: Request) -> None:
     """Refuse options that only training has, of a method that does not train.
 
@@ -432,6 +438,8 @@ def check_untrained(method: Method, request: Request) -> None:
         UsageError: One was given.
     """
     guard_source(method, request)
+    if (why := unwatched(method)) is not None and request.until not in (None, "none"):
+        raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
     if method.spec.trained:
         return
     if request.until is not None:
