@@ -32,9 +32,10 @@ def operate(request: Request, progress: Progress | None = None) -> Outcome:
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.execute import execute
 
-    return execute(request, progress or Silent(), write_card)
+    return execute(request, progress or Silent(), write_card, write_report)
 
 
 def _given(**files: File | None) -> dict[str, str]:
@@ -69,6 +70,8 @@ class Options(TypedDict, total=False):
     undo: bool
     keep_partial: bool
     trust_remote_code: bool
+    report: bool
+    report_examples: int
     progress: Progress | None
 
 
@@ -122,6 +125,9 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
             - undo: Keep the undo data that `revert` needs.
             - keep_partial: Keep the unpublished checkpoint when a gate fails.
             - trust_remote_code: Run model code that the checkpoint brings.
+            - report: Leave `report.html`, a page that needs neither network nor scripts, in the output (and
+              `OUT.report.html` beside it when a gate fails).
+            - report_examples: Forget questions that it quotes with the answers before and after.
             - progress: Told of long work and notices.
 
     Returns:
@@ -291,6 +297,8 @@ def run_recipe(
     resume: bool = False,
     keep_steps: bool = False,
     trust_remote_code: bool = False,
+    report: bool = False,
+    report_examples: int = 3,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run a recipe: several operations in order, with gates; or repeat the run that a manifest records.
@@ -304,6 +312,8 @@ def run_recipe(
         resume: Go on from what an interrupted run of the same recipe left.
         keep_steps: Keep the results of all steps in `OUT.steps`.
         trust_remote_code: Run model code that a checkpoint brings.
+        report: As for `unlearn`.
+        report_examples: As for `unlearn`, of each step.
         progress: Told of long work and notices.
 
     Returns:
@@ -315,6 +325,7 @@ def run_recipe(
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.builtin import find_recipe
     from llmsurgery.run.chain import Manner
     from llmsurgery.run.chain import run_recipe as run_chain
@@ -323,8 +334,8 @@ def run_recipe(
     told = progress or Silent()
     loaded = load_recipe(find_recipe(fspath(recipe)), assignments)
     place = None if out is None else fspath(out)
-    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code)
-    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, told)
+    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code, report, report_examples)
+    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, write_report, told)
 
 
 def recipes(name: str | None = None, *, out: File | None = None, force: bool = False) -> Any:

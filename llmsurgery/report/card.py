@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from llmsurgery.report.controls import controls_of
 from llmsurgery.report.numbers import format_number
+from llmsurgery.report.strips import interval_text
 
 _HEADING = "## Surgery record"
 
@@ -32,11 +33,12 @@ seed {{ one.seed }}{{ "; then " if not loop.last }}{% endfor %}.
 {{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
 {% endif %}
 {% if manifest.metrics -%}
-| metric |{% if aligned %} aligned |{% endif %} before | after | rows | better |
-|---|{% if aligned %}---|{% endif %}---|---|---|---|
+| metric |{% if aligned %} aligned |{% endif %} before | after | 95% interval | rows | better |
+|---|{% if aligned %}---|{% endif %}---|---|---|---|---|
 {% for name, metric in manifest.metrics.items() if not name.startswith("speed.") -%}
 | {{ name }} |{% if aligned %} {{ number(metric.aligned.value) if "aligned" in metric else "" }} |{% endif %} \
-{{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
+{{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ interval(metric.after.interval) }} \
+| {{ metric.after.n }} \
 | {{ metric.direction }} |
 {% endfor %}
 {% endif -%}
@@ -49,12 +51,21 @@ seed {{ one.seed }}{{ "; then " if not loop.last }}{% endfor %}.
 | {{ row | join(" | ") }} |
 {% endfor %}
 {% endif -%}
+{% if manifest.data -%}
+Data: {% for name, entry in manifest.data.items() %}{{ name }} ({{ entry.rows }} rows, SHA-256 \
+`{{ entry.sha256[:16] }}`){{ ", " if not loop.last }}{% endfor %}.
+
+{% endif -%}
 {% for gate in manifest.gates -%}
 - gate `{{ gate.gate }}`: {{ "held" if gate.passed else "failed" }} ({{ number(gate.value) }})
 {% endfor -%}
 {% for notice in manifest.notices -%}
 - note: {{ notice }}
-{% endfor -%}
+{% endfor %}
+{% if manifest.save == "full" -%}
+`llmsurgery verify DIR` checks every file of this directory\
+{{ ", `llmsurgery revert DIR -o BASE` gives the source back" if manifest.cost.undo_bytes is not none }}.
+{% endif -%}
 """
 
 _SUBJECTS = {
@@ -85,6 +96,7 @@ def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
         changed=sum(tensor["sha256_before"] != tensor["sha256_after"] for tensor in tensors),
         total=len(tensors),
         number=format_number,
+        interval=interval_text,
         controls=controls_of(manifest),
     )
     return (source_card.rstrip() + "\n\n" if source_card.strip() else "") + section.rstrip() + "\n"
