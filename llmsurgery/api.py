@@ -779,6 +779,53 @@ def apply(
     )  # fmt: skip
 
 
+def stack(
+    patches: Sequence[File],
+    base: File,
+    *,
+    out: File | None = None,
+    save: str = "full",
+    allow_overlap: bool = False,
+    link: bool = False,
+    force: bool = False,
+    undo: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Put several patches for one base together.
+
+    Patches of different tensors go together in any order, and so do low-rank changes of one tensor (they are summed
+    and rounded once), changes of different entries, and equal ones.
+
+    Args:
+        patches: Patch files, or directories of `--save patch` runs; their order matters with `allow_overlap` alone.
+        base: The checkpoint that all of them were made for.
+        out: Output directory, or file of the one patch; None only looks for conflicts.
+        save: "full" for a checkpoint, "patch" for one patch that does what all of them do.
+        allow_overlap: Where they conflict, let the later one overwrite what the earlier one made.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        undo: Keep the undo data that `revert` needs.
+        progress: Told of long work.
+
+    Returns:
+        The manifest of a checkpoint, else what would be or was put together; with `overlaps`, every tensor or file
+        that two patches change, and how they meet.
+
+    Raises:
+        InputError: A patch is for another base, or two patches conflict; names the tensors.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.stack import StackRequest, stack_patches
+
+    place = None if out is None else fspath(out)
+    request = StackRequest(
+        tuple(fspath(patch) for patch in patches), fspath(base), place, save, allow_overlap, link, force, undo
+    )
+    return stack_patches(request, progress or Silent(), write_card)
+
+
 def revert(
     result: File, *, out: File, link: bool = False, force: bool = False, progress: Progress | None = None
 ) -> dict[str, object]:

@@ -26,6 +26,7 @@ from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.run import run_recipe
+from llmsurgery.cli.stack import stack
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -54,6 +55,7 @@ for name, command in (
     ("lens", lens),
     ("diff", diff),
     ("apply", apply),
+    ("stack", stack),
     ("revert", revert),
     ("verify", verify),
     ("methods", methods),

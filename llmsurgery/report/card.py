@@ -22,6 +22,10 @@ _SECTION = """\
 This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `apply` of the patch with SHA-256 \
 `{{ operation.patch.sha256 }}`. {{ changed }} of {{ total }} edited tensors changed. What made the patch is in \
 `surgery.json`.
+{% elif operation.task == "stack" -%}
+This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `stack` of the patches with SHA-256 \
+{% for patch in operation.patches %}`{{ patch.sha256 }}`{{ ", " if not loop.last }}{% endfor %}. {{ changed }} of \
+{{ total }} edited tensors changed. What made the patches is in `surgery.json`.
 {% elif manifest.steps is defined -%}
 {{ subject }} llmsurgery {{ manifest.versions.llmsurgery }} in {{ manifest.operations | length }} steps: \
 {% for one in manifest.operations %}`{{ one.task }} --method {{ one.method }}` ({{ one.paper }}), \
