@@ -34,8 +34,21 @@ def operate(request: Request, progress: Progress | None = None) -> Outcome:
     from llmsurgery.report.card import write_card
     from llmsurgery.report.page import write_report
     from llmsurgery.run.execute import execute
+    from llmsurgery.run.push import check_push
 
-    return execute(request, progress or Silent(), write_card, write_report)
+    told = progress or Silent()
+    if request.push is not None:
+        check_push(request.push)
+    return _uploaded(execute(request, told, write_card, write_report), request.push, told)
+
+
+def _uploaded(outcome: Outcome, repository: str | None, progress: Progress) -> Outcome:
+    """Upload a result where a repository was given, and return it."""
+    from llmsurgery.run.push import push_result
+
+    if repository is not None and outcome.out is not None:
+        push_result(outcome.out, repository, progress)
+    return outcome
 
 
 def _given(**files: File | None) -> dict[str, str]:
@@ -72,6 +85,7 @@ class Options(TypedDict, total=False):
     trust_remote_code: bool
     report: bool
     report_examples: int
+    push: str | None
     progress: Progress | None
 
 
@@ -128,6 +142,8 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
             - report: Leave `report.html`, a page that needs neither network nor scripts, in the output (and
               `OUT.report.html` beside it when a gate fails).
             - report_examples: Forget questions that it quotes with the answers before and after.
+            - push: Hub repository ("OWNER/NAME") that the finished result is uploaded to, without undo data and report;
+              made, private, if it does not exist. Needs a token and the extra `hub`.
             - progress: Told of long work and notices.
 
     Returns:
@@ -140,8 +156,11 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
     request = _request("unlearn", method, model, options)
     if method == "auto":
         from llmsurgery.compute.progress import Silent
+        from llmsurgery.run.push import check_push
         from llmsurgery.run.search import search
 
+        if request.push is not None:
+            check_push(request.push)
         return search(request, progress or Silent(), lambda chosen: operate(chosen, progress))
     return operate(request, progress)
 
@@ -299,6 +318,7 @@ def run_recipe(
     trust_remote_code: bool = False,
     report: bool = False,
     report_examples: int = 3,
+    push: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run a recipe: several operations in order, with gates; or repeat the run that a manifest records.
@@ -314,6 +334,7 @@ def run_recipe(
         trust_remote_code: Run model code that a checkpoint brings.
         report: As for `unlearn`.
         report_examples: As for `unlearn`, of each step.
+        push: As for `unlearn`.
         progress: Told of long work and notices.
 
     Returns:
@@ -330,12 +351,16 @@ def run_recipe(
     from llmsurgery.run.chain import Manner
     from llmsurgery.run.chain import run_recipe as run_chain
     from llmsurgery.run.overrides import load_recipe
+    from llmsurgery.run.push import check_push
 
     told = progress or Silent()
     loaded = load_recipe(find_recipe(fspath(recipe)), assignments)
     place = None if out is None else fspath(out)
     manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code, report, report_examples)
-    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, write_report, told)
+    if push is not None:
+        check_push(push)
+    done = run_chain(loaded, manner, lambda request: operate(request, told), write_card, write_report, told)
+    return _uploaded(done, push, told)
 
 
 def recipes(name: str | None = None, *, out: File | None = None, force: bool = False) -> Any:

@@ -51,6 +51,7 @@ class Common:
     trust_remote_code: options.RemoteCode = False
     report: options.Report = False
     report_examples: options.ReportExamples = 3
+    push: options.Push = None
     summary: options.Summary = None
     as_json: options.Json = False
     quiet: options.Quiet = False

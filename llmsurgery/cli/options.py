@@ -136,6 +136,10 @@ Report = Annotated[bool, typer.Option("--report", help="leave report.html in the
 ReportExamples = Annotated[
     int, typer.Option("--report-examples", min=0, help="forget questions quoted with their answers; 0: none")
 ]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="upload the result to this hub repository, made private if new"),
+]
 Summary = Annotated[
     str | None,
     typer.Option(

@@ -37,6 +37,7 @@ def run_recipe(
     trust_remote_code: options.RemoteCode = False,
     report: options.Report = False,
     report_examples: options.ReportExamples = 3,
+    push: options.Push = None,
     summary: options.Summary = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -62,6 +63,7 @@ def run_recipe(
             trust_remote_code=trust_remote_code,
             report=report,
             report_examples=report_examples,
+            push=push,
             progress=output,
         )
         if outcome.out is not None:

@@ -40,6 +40,7 @@ class Request:
         trust_remote_code: Run model code that the checkpoint brings.
         report: Leave a page for people beside the manifest.
         report_examples: Forget questions that it quotes with their answers.
+        push: Hub repository that the finished result is uploaded to; None for none.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Request:
     trust_remote_code: bool = False
     report: bool = False
     report_examples: int = 3
+    push: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from .chromium import CHROMIUM, Page
 
 EVIL = "Who <script>document.title='taken'</script> keeps <img src=https://example.org/a.png> the bees?"
 GATE = "forget.token_prob<=1000x"
+SECRETS = {"HF_TOKEN": "hf_secretsecretsecret", "HTTPS_PROXY": "http://me:secretsecret@127.0.0.1:9"}
 SHORT = {"eval.generation_tokens": 4, "eval.generation_rows": 2}
 WORDS = [word for name, value in SHORT.items() for word in ("--set", f"{name}={value}")]
 
@@ -50,7 +51,10 @@ def ran(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     source = Path(shutil.copytree(checkpoints["sharded_llama"], root / "<b onclick=x>model&amp;"))
     rows: list[dict[str, object]] = [{"question": EVIL, "answer": "Orla </td><b>Venn</b>."}] * 2
     data = {"forget": write_rows(root / "forget.jsonl", rows), "text": write_rows(root / "t.jsonl", [*map(dict, TEXT)])}
-    assert run([*unlearn(source, data, root / "out", "--require", GATE, "--report", *WORDS), "-q"]) == 0
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in SECRETS.items():
+            environment.setenv(name, value)
+        assert run([*unlearn(source, data, root / "out", "--require", GATE, "--report", *WORDS), "-q"]) == 0
     return Ran(source, data, root / "out")
 
 
@@ -101,6 +105,11 @@ def test_page_says_all_and_escapes_what_users_give(ran: Ran) -> None:
     changed = sum(record["sha256_before"] != record["sha256_after"] for record in manifest["tensors"].values())
     assert sum(tag == "rect" for tag, _ in found.elements) == 2 * changed + 12
     assert manifest["data"]["forget"]["path"] not in found.text
+
+
+def test_nothing_of_the_environment_is_kept(ran: Ran) -> None:
+    for path in ran.out.rglob("*"):
+        assert not path.is_file() or b"secretsecret" not in path.read_bytes(), path
 
 
 def test_report_is_no_part_of_the_result(ran: Ran, tmp_path: Path) -> None:
