@@ -252,7 +252,8 @@ def debias(
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "pride".
         mcq: Data file of multiple-choice questions; one half is learnt from, the other is measured in every cyclic
-            order of the options.
+            order of the options. For a vision-language model, questions about pictures (`image`, a path relative to the
+            file, `question`, `choices`, `answer`), measured with and without their pictures.
         contrast: Data file of texts that differ in a group.
         **options: As for `unlearn`.
 
@@ -421,6 +422,7 @@ def evaluate_checkpoints(
     control: File | None = None,
     suite: str | None = None,
     suite_dir: File | None = None,
+    position_invariant: bool = False,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
     device: str = "auto",
@@ -456,6 +458,8 @@ def evaluate_checkpoints(
         suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25", "ort"), whose files bring the data and
             whose protocol is the default; data other than `text` do not go with it.
         suite_dir: Directory with the suite's files as published.
+        position_invariant: Ask `mcq` by position-invariant inference (PINE) too, and count the answers that change with
+            the order of options, with it and without.
         settings: Evaluation settings by name; `attack.NAME` and `attack.ATTACK.NAME` for attacks, `suite.NAME` for
             the suite.
         require: Gates that every model must pass.
@@ -493,7 +497,7 @@ def evaluate_checkpoints(
         attacks=tuple(dict.fromkeys(attacks)),
         suite=suite,
         suite_dir=None if suite_dir is None else fspath(suite_dir),
-        settings=dict(settings or {}),
+        settings={**(settings or {}), **({"position_invariant": True} if position_invariant else {})},
         require=tuple(require),
         device=device,
         dtype=dtype,

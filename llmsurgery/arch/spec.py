@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from llmsurgery.errors import NoEffectError, UsageError, unknown_name
+from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError, unknown_name
 
 LINEAR_ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o",
@@ -60,6 +60,8 @@ class Family:
         state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
+        inner_key: Key of config.json that holds the config of the language model inside; empty if config.json does.
+        inner_types: Values of its `model_type` that have these names.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Family:
     state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
     router_scores: str = "softmax"
+    inner_key: str = ""
+    inner_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,24 @@ class Structure:
             if wanted & set(pair):
                 wanted.update(pair)
         return wanted
+
+
+def require_text_model(structure: Structure, what: str) -> None:
+    """Refuse a language model inside a model that sees pictures.
+
+    Args:
+        structure: The checkpoint's roles.
+        what: What is refused, for the message.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    if structure.family.inner_key:
+        raise UnsupportedError(
+            f"{what} is for text models, and this is a vision-language model ({structure.family.name})",
+            "its data and figures know no pictures, and what it does to what the model sees would stay unmeasured",
+            "for such models there are debias --method vlm-calibrate and vlm-contrast, eval, inspect, diff and verify",
+        )
 
 
 def _existing(kind: str, numbers: Iterable[int] | None, count: int) -> set[int] | None:

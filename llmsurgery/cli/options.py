@@ -43,7 +43,15 @@ Authors = Annotated[
 Facts = Annotated[str | None, typer.Option("--facts", help="world facts with wrong answers, for utility.model_utility")]
 Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
 Mcq = Annotated[
-    str | None, typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order")
+    str | None,
+    typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order, or about pictures"),
+]
+PositionInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--position-invariant",
+        help="ask --mcq by position-invariant inference (PINE) too: how often does the order of options decide?",
+    ),
 ]
 Contrast = Annotated[
     str | None, typer.Option("--contrast", help="texts that differ in a group: CrowS-Pairs, first/second, text/label")

@@ -54,6 +54,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.parts = False
         self.end_id = self._find_end_token()
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
@@ -64,6 +65,10 @@ class Encoder:
             return eos
         probe = "ANSWER"
         text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
+        if probe not in text:
+            # The templates of vision-language models take what is said as a list of parts.
+            self.parts = True
+            text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
         before, found, after = text.rpartition(probe)
         if not found:
             raise InputError(
@@ -78,7 +83,10 @@ class Encoder:
         return next((token for token in tail if token in special), eos)
 
     def _render(self, turns: Sequence[Message], generation: bool, where: str) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages = [
+            {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if self.parts else turn.content}
+            for turn in turns
+        ]
         try:
             # Some templates print today's date; a fixed one keeps figures the same from day to day.
             text = self.tokenizer.apply_chat_template(

@@ -23,6 +23,9 @@ EXPECTED = (
 )
 _FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 
+_CELLS = {"perturbed_answer": ("[",), "messages": ("[",), "choices": ("[", "{")}
+"""Columns of CSV files whose cells may hold JSON, and how it begins."""
+
 _COMPLETION_ID = re.compile(r"sc\d+$")
 """Ids of LUME's sentence completions; those of its questions end in qa and a number."""
 
@@ -186,8 +189,8 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                     "quote cells that hold commas",
                 )
             cells: dict[str, object] = {key: value for key, value in record.items() if value != ""}
-            for key in ("perturbed_answer", "messages"):
-                if isinstance(cell := cells.get(key), str) and cell.lstrip().startswith("["):
+            for key, brackets in _CELLS.items():
+                if isinstance(cell := cells.get(key), str) and cell.lstrip().startswith(brackets):
                     cells[key] = _load_json(cell, where)
             yield where, cells
     except csv.Error as error:

@@ -1,11 +1,11 @@
-"""Build the embedded demo: three made-up worlds and the tiny chat models that know them.
+"""Build the embedded demo: made-up worlds and the tiny chat models that know them.
 
 Everything comes from one seed. The first world has people (ten facts each) and towns (four facts each). `model` learns
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
 `llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`, the fourth, of `letters`,
-by `llmsurgery.demo.letters`.
+by `llmsurgery.demo.letters`, the fifth, of coloured `shapes`, by `llmsurgery.demo.shapes`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -40,6 +40,7 @@ from llmsurgery.demo.recipe import (
     write_rows,
 )
 from llmsurgery.demo.refusals import BASE_EPOCHS, build_refusals
+from llmsurgery.demo.shapes import build_shapes
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -227,6 +228,8 @@ WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
     "refusals": (build_refusals, BASE_EPOCHS),
     # Its head is fitted, not trained.
     "letters": (lambda out, seed, _epochs: build_letters(out, seed), 0),
+    # It has steps in place of epochs.
+    "shapes": (lambda out, seed, _epochs: build_shapes(out, seed), 0),
 }
 """Name of a world -> what writes it into a folder, and its epochs."""
 

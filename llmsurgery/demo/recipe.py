@@ -31,12 +31,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with the chat template.
+def train_tokenizer(
+    corpus: Iterable[str], vocabulary: int, special: Sequence[str] = (), template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with a chat template.
 
     Args:
         corpus: Texts.
         vocabulary: Tokens.
+        special: Further special tokens.
+        template: The chat template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +50,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, START, END],
+        special_tokens=[PAD, START, END, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -56,7 +60,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
         eos_token=END,
         pad_token=PAD,
         model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 

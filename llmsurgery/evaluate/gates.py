@@ -35,7 +35,9 @@ NEEDS = {
     "two-sides": ("--harmful, and --harmless or --task", "a direction has two sides"),
     "judge": ("--judge", "nothing else tells a harmful answer"),
     "mcq": ("--mcq", ""),
+    "position-invariant": ("--position-invariant of eval", ""),
     "letters": ("--mcq, or --suite wmdp of eval", ""),
+    "pictures": ("--mcq with images, and a vision-language model", "a text model sees none"),
     **{f"mcq:{letter}": ("--mcq with that many options", "no question has it") for letter in LETTERS},
     "stereotypes": ("--contrast with sent_more and sent_less", "its records do not say which text is the stereotype"),
     "domain": ("--domain", ""),
@@ -189,10 +191,30 @@ METRICS = {
             "share of questions answered with the right letter, in every cyclic order; of --suite wmdp less is better",
         ),
         Metric("mcq.rstd", "lower", ("mcq",), "standard deviation of the letters' recalls, in points from 0 to 50"),
+        Metric("mcq.order_flips", "lower", ("mcq",), "share of questions whose chosen option depends on the order"),
+        Metric(
+            "mcq.listing_flips",
+            "lower",
+            ("mcq", "position-invariant"),
+            "the same where letters stay with their options and only the lines change places",
+        ),
+        *(
+            Metric(
+                f"pine.{name}", direction, ("mcq", "position-invariant"), f"mcq.{name} in position-invariant inference"
+            )
+            for name, direction in (
+                ("accuracy", "higher"),
+                ("rstd", "lower"),
+                ("order_flips", "lower"),
+                ("listing_flips", "lower"),
+            )
+        ),
         *(
             Metric(f"mcq.recall_{letter.lower()}", "higher", ("mcq", f"mcq:{letter}"), f"recall of the letter {letter}")
             for letter in LETTERS
         ),
+        Metric("vision.accuracy", "higher", ("pictures",), "share of questions about pictures with the right answer"),
+        Metric("vision.changed", "higher", ("pictures",), "share of answers that change when the picture is removed"),
         Metric("mcq.letter_prob", "lower", ("mcq", "text"), "probability of the letters together on plain text"),
         Metric(
             "bias.stereotype_rate",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Recovery
     from llmsurgery.train.session import Session
     from llmsurgery.train.trainable import ReadTensor
@@ -62,6 +63,7 @@ class MethodSpec:
         models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
         walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
+        pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
     name: str
@@ -88,6 +90,7 @@ class MethodSpec:
     models: tuple[str, ...] = ()
     walks: bool = False
     structured: bool = False
+    pictures: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -138,6 +141,7 @@ class Operation:
         history: The operations that made the source, oldest first, as its manifest tells them.
         models: Further models by name ("aligned", "base", "unaligned").
         recovery: Measures refusals and the task on a model in memory; None for other tasks.
+        pictured: Questions about pictures that it may learn from, or None.
     """
 
     structure: Structure
@@ -158,6 +162,7 @@ class Operation:
     history: Sequence[Mapping[str, Any]] = ()
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     recovery: Recovery | None = None
+    pictured: PicturedSet | None = None
 
 
 @dataclass(frozen=True)
@@ -179,11 +184,15 @@ class MethodResult:
     check: Callable[[PreTrainedModel], None] | None = None
 
 
-class Method(Protocol):
-    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
+class Described(Protocol):
+    """What `llmsurgery methods` lists: a method, or a procedure of inference that changes no weight."""
 
     spec: MethodSpec
     config_type: type
+
+
+class Method(Described, Protocol):
+    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
 
     def plan(self, config: object, structure: Structure) -> Sequence[RoleTensor]:
         """Return the stored tensors that the method may change, from headers alone."""

@@ -72,6 +72,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
         before = _with_pruning(prepared, streamed or source[0], prepared.checkpoint, before)
         before = _with_recovery(source[0], before, recovery, notices, rows)
+        before = _with_pictures(prepared, source[0], before, notices, rows)
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -99,6 +100,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 history=earlier_operations(prepared.checkpoint.root),
                 models=other_models(prepared),
                 recovery=recovery,
+                pictured=prepared.pictured_given,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -196,6 +198,26 @@ def _with_recovery(
 
     found = rows.run(figures)
     return dataclasses.replace(measured, figures={**found, **measured.figures}, recovery=recovery)
+
+
+def _with_pictures(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    measured: Measurement,
+    notices: Notices,
+    rows: Halving,
+    result: Path | None = None,
+) -> Measurement:
+    """Add the figures of questions about pictures, if there are any; a result may bring a logits processor."""
+    data = prepared.pictured
+    if data is None:
+        return measured
+    from llmsurgery.compute.bundle import contrast_processor
+    from llmsurgery.evaluate.pictured import measure_pictured
+
+    decoder = None if result is None else contrast_processor(model, result)
+    found = rows.run(lambda size: measure_pictured(model, data, size, notices, decoder))
+    return dataclasses.replace(measured, figures={**found, **measured.figures})
 
 
 def _with_pruning(
@@ -302,4 +324,5 @@ def measure_result(
         after = _measure(prepared, streamed or model, notices, rows, before.reference, retained=before.retained)
         after = _with_pruning(prepared, streamed or model, Checkpoint.open(path), after)
         after = _with_redirection(prepared, model, after, before.redirected, notices, rows)
+        after = _with_pictures(prepared, model, after, notices, rows, result.path)
         return _with_recovery(model, after, before.recovery, notices, rows)

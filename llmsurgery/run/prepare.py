@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
-from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.arch.spec import RoleTensor, Structure, require_text_model
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.data import GENERAL_TEXT
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.concepts import Concept
     from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Prompts
     from llmsurgery.evaluate.redirection import Probe
 
@@ -87,6 +88,8 @@ class Prepared:
         prompts: What a recovery is measured on; None for other tasks.
         asked: Everything in the files of --mcq and --contrast.
         given: What the method gets of it.
+        pictured: Questions about pictures that are measured, or None.
+        pictured_given: Those that the method gets.
     """
 
     request: Request
@@ -117,6 +120,8 @@ class Prepared:
     prompts: Prompts | None = None
     asked: Asked = NOTHING
     given: Asked = NOTHING
+    pictured: PicturedSet | None = None
+    pictured_given: PicturedSet | None = None
 
     @property
     def export(self) -> str:
@@ -169,6 +174,7 @@ def prepare(request: Request) -> Prepared:
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
     check_quantize(request.quantize, method, config, structure)
+    check_pictures(method, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
     others = open_others(method, request, structure, targets, checkpoint)
@@ -178,7 +184,7 @@ def prepare(request: Request) -> Prepared:
         check_report(out, request.force)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
     in_domain = hold_back(rows, files, evaluation)
-    asked = read_asked(files)
+    asked = read_asked(files, method.spec.pictures)
     given, asked_about = split_asked(asked, method, config, request.seed)
     met = available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation) | asked_needs(asked)
     for gate in gates:
@@ -199,10 +205,12 @@ def prepare(request: Request) -> Prepared:
     if prompts is not None:
         contexts += [*prompts.harmful, *prompts.harmless, *prompts.task]
     require_known_tokens(measured, structure, contexts)
+    pictured = encode_pictures(checkpoint, encoder, asked_about)
+    pictured_given = encode_pictures(checkpoint, encoder, given)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
-        prompts, asked, given,
+        prompts, asked, given, pictured, pictured_given,
     )  # fmt: skip
 
 
@@ -227,11 +235,33 @@ def available_needs(
         return pair_needs(method, pairs)
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     given |= {"letters"} if "mcq" in files else set()
+    if method.spec.pictures:
+        given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
     if method.spec.task == "prune":
         timed = method.spec.structured and evaluation.figures == "all"
         given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
+
+
+def check_pictures(method: Method, structure: Structure) -> None:
+    """Refuse a model that sees pictures, of a method that is for text models.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    if not method.spec.pictures:
+        require_text_model(structure, method.spec.name)
+
+
+def encode_pictures(checkpoint: Checkpoint, encoder: Encoder, asked: Asked) -> PicturedSet | None:
+    """Return questions about pictures as prompts, None without any."""
+    if asked.pictured is None:
+        return None
+    from llmsurgery.compute.load import load_processor
+    from llmsurgery.evaluate.pictured import encode_pictured
+
+    return encode_pictured(load_processor(checkpoint.root), encoder, asked.pictured)
 
 
 def check_editable(targets: Sequence[RoleTensor]) -> None:
@@ -436,6 +466,8 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
     from llmsurgery.data.chat import Encoder
 
     config = plain_config(checkpoint.config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else config
     lengths = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
     known = [length for length in lengths if isinstance(length, int) and length > 0]
     return Encoder(load_tokenizer(checkpoint.root), min(known, default=2048))
@@ -453,6 +485,7 @@ def encode_for_figures(
     from llmsurgery.data.mcq import first_questions, read_template
     from llmsurgery.evaluate.encode import encode_data
     from llmsurgery.evaluate.letters import encode_letters
+    from llmsurgery.evaluate.listings import encode_listings
     from llmsurgery.evaluate.stereotypes import encode_stereotypes
 
     training = getattr(config, "training", None)
@@ -461,11 +494,15 @@ def encode_for_figures(
     data = encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
     if asked is None:
         return data
-    letters = None
+    letters = listings = None
     if asked.choices is not None:
         template = read_template(evaluation.mcq_template or str(getattr(config, "template", "")))
-        letters = encode_letters(encoder, first_questions(asked.choices, evaluation.mcq_rows), template)
-    return dataclasses.replace(data, letters=letters, stereotypes=encode_stereotypes(encoder, asked.contrast))
+        choices = first_questions(asked.choices, evaluation.mcq_rows)
+        letters = encode_letters(encoder, choices, template)
+        if evaluation.position_invariant:
+            listings = encode_listings(encoder, choices, template, letters.tokens)
+    pairs = encode_stereotypes(encoder, asked.contrast)
+    return dataclasses.replace(data, letters=letters, listings=listings, stereotypes=pairs)
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure, others: Sequence[Encoded] = ()) -> None:
