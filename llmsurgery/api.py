@@ -32,9 +32,23 @@ def operate(request: Request, progress: Progress | None = None) -> Outcome:
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.execute import execute
+    from llmsurgery.run.push import check_push
 
-    return execute(request, progress or Silent(), write_card)
+    told = progress or Silent()
+    if request.push is not None:
+        check_push(request.push)
+    return _uploaded(execute(request, told, write_card, write_report), request.push, told)
+
+
+def _uploaded(outcome: Outcome, repository: str | None, progress: Progress) -> Outcome:
+    """Upload a result where a repository was given, and return it."""
+    from llmsurgery.run.push import push_result
+
+    if repository is not None and outcome.out is not None:
+        push_result(outcome.out, repository, progress)
+    return outcome
 
 
 def _given(**files: File | None) -> dict[str, str]:
@@ -69,6 +83,9 @@ class Options(TypedDict, total=False):
     undo: bool
     keep_partial: bool
     trust_remote_code: bool
+    report: bool
+    report_examples: int
+    push: str | None
     progress: Progress | None
 
 
@@ -122,6 +139,11 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
             - undo: Keep the undo data that `revert` needs.
             - keep_partial: Keep the unpublished checkpoint when a gate fails.
             - trust_remote_code: Run model code that the checkpoint brings.
+            - report: Leave `report.html`, a page that needs neither network nor scripts, in the output (and
+              `OUT.report.html` beside it when a gate fails).
+            - report_examples: Forget questions that it quotes with the answers before and after.
+            - push: Hub repository ("OWNER/NAME") that the finished result is uploaded to, without undo data and report;
+              made, private, if it does not exist. Needs a token and the extra `hub`.
             - progress: Told of long work and notices.
 
     Returns:
@@ -134,8 +156,11 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
     request = _request("unlearn", method, model, options)
     if method == "auto":
         from llmsurgery.compute.progress import Silent
+        from llmsurgery.run.push import check_push
         from llmsurgery.run.search import search
 
+        if request.push is not None:
+            check_push(request.push)
         return search(request, progress or Silent(), lambda chosen: operate(chosen, progress))
     return operate(request, progress)
 
@@ -359,6 +384,9 @@ def run_recipe(
     resume: bool = False,
     keep_steps: bool = False,
     trust_remote_code: bool = False,
+    report: bool = False,
+    report_examples: int = 3,
+    push: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run a recipe: several operations in order, with gates; or repeat the run that a manifest records.
@@ -372,6 +400,9 @@ def run_recipe(
         resume: Go on from what an interrupted run of the same recipe left.
         keep_steps: Keep the results of all steps in `OUT.steps`.
         trust_remote_code: Run model code that a checkpoint brings.
+        report: As for `unlearn`.
+        report_examples: As for `unlearn`, of each step.
+        push: As for `unlearn`.
         progress: Told of long work and notices.
 
     Returns:
@@ -383,16 +414,21 @@ def run_recipe(
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.builtin import find_recipe
     from llmsurgery.run.chain import Manner
     from llmsurgery.run.chain import run_recipe as run_chain
     from llmsurgery.run.overrides import load_recipe
+    from llmsurgery.run.push import check_push
 
     told = progress or Silent()
     loaded = load_recipe(find_recipe(fspath(recipe)), assignments)
     place = None if out is None else fspath(out)
-    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code)
-    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, told)
+    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code, report, report_examples)
+    if push is not None:
+        check_push(push)
+    done = run_chain(loaded, manner, lambda request: operate(request, told), write_card, write_report, told)
+    return _uploaded(done, push, told)
 
 
 def recipes(name: str | None = None, *, out: File | None = None, force: bool = False) -> Any:
@@ -941,6 +977,53 @@ def apply(
     return apply_file(
         fspath(patch), fspath(base), fspath(out), link, force, undo, progress or Silent(), write_card
     )  # fmt: skip
+
+
+def stack(
+    patches: Sequence[File],
+    base: File,
+    *,
+    out: File | None = None,
+    save: str = "full",
+    allow_overlap: bool = False,
+    link: bool = False,
+    force: bool = False,
+    undo: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Put several patches for one base together.
+
+    Patches of different tensors go together in any order, and so do low-rank changes of one tensor (they are summed
+    and rounded once), changes of different entries, and equal ones.
+
+    Args:
+        patches: Patch files, or directories of `--save patch` runs; their order matters with `allow_overlap` alone.
+        base: The checkpoint that all of them were made for.
+        out: Output directory, or file of the one patch; None only looks for conflicts.
+        save: "full" for a checkpoint, "patch" for one patch that does what all of them do.
+        allow_overlap: Where they conflict, let the later one overwrite what the earlier one made.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        undo: Keep the undo data that `revert` needs.
+        progress: Told of long work.
+
+    Returns:
+        The manifest of a checkpoint, else what would be or was put together; with `overlaps`, every tensor or file
+        that two patches change, and how they meet.
+
+    Raises:
+        InputError: A patch is for another base, or two patches conflict; names the tensors.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.stack import StackRequest, stack_patches
+
+    place = None if out is None else fspath(out)
+    request = StackRequest(
+        tuple(fspath(patch) for patch in patches), fspath(base), place, save, allow_overlap, link, force, undo
+    )
+    return stack_patches(request, progress or Silent(), write_card)
 
 
 def revert(

@@ -29,6 +29,7 @@ from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.remove_layernorm import remove_layernorm
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.run import run_recipe
+from llmsurgery.cli.stack import stack
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -59,6 +60,7 @@ for name, command in (
     ("linearity", linearity),
     ("diff", diff),
     ("apply", apply),
+    ("stack", stack),
     ("revert", revert),
     ("verify", verify),
     ("methods", methods),

@@ -13,6 +13,7 @@ from llmsurgery.edits.coverage import coverage
 from llmsurgery.evaluate.gates import METRICS, Gate, GateOutcome, check_gates
 from llmsurgery.run.chain_steps import Planned, against_source
 from llmsurgery.run.manifest import FORMAT, change_record, earlier_operations, gate_record
+from llmsurgery.run.pages import Example
 from llmsurgery.run.record import Recorded
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -27,11 +28,13 @@ class Ran:
         step: The step.
         status: "passed", "failed" (a gate) or "not run" (what it needs did not pass).
         manifest: Its own manifest; empty if it was not run.
+        examples: Answers before and after, if it was run by this process.
     """
 
     step: Planned
     status: str
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
 
 
 def build(

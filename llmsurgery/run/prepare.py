@@ -573,19 +573,24 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
+def page_path(out: Path) -> Path:
+    """Return where the page of a failed gate is left."""
+    return out.with_name(out.name + ".report.html")
+
+
 def check_report(out: Path, force: bool) -> None:
     """Refuse to replace a report that is there already.
 
     Raises:
         UsageError: There is one, and no --force.
     """
-    report = report_path(out)
-    if not force and report.exists():
-        raise UsageError(
-            f"{str(report)!r} exists",
-            "it is where the report would go if a gate failed",
-            "remove it, choose another output with -o, or give --force",
-        )
+    for report in (report_path(out), page_path(out)):
+        if not force and report.exists():
+            raise UsageError(
+                f"{str(report)!r} exists",
+                "it is where the report would go if a gate failed",
+                "remove it, choose another output with -o, or give --force",
+            )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
