@@ -32,7 +32,7 @@ def layernorm(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     text = (
         "Cross-entropy in nats per token on windows of the corpus that no training saw, of the model in training; "
-        "the errors are\nthose of the stored result, loaded by stock transformers. Direct logit attribution is compared "
-        "with the effect of taking\na component away.\n\n"
+        "the errors are\nthose of the stored result, loaded by stock transformers. Direct logit attribution is "
+        "compared with the effect of taking\na component away.\n\n"
     )
     return "## LayerNorm removed, on the demo\n\n" + text + rows(header, lines)
