@@ -65,6 +65,7 @@ class Family:
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
         inner_key: Key of config.json that holds the config of the language model inside; empty if config.json does.
         inner_types: Values of its `model_type` that have these names.
+        scaled_embedding: Whether what the embedding gives is multiplied by the root of the width.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Family:
     router_scores: str = "softmax"
     inner_key: str = ""
     inner_types: tuple[str, ...] = ()
+    scaled_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Structure:
         other: Stored names without a role.
         copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
         experts: Number of routed experts of a block, 0 without any.
+        heads: Number of query heads of a block, 0 if the config does not say.
     """
 
     family: Family
@@ -154,6 +157,7 @@ class Structure:
     other: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     experts: int = 0
+    heads: int = 0
 
     @property
     def roles(self) -> list[str]:

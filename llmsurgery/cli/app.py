@@ -11,6 +11,7 @@ import typer
 
 from llmsurgery import __version__
 from llmsurgery.cli.apply import apply
+from llmsurgery.cli.audit import audit
 from llmsurgery.cli.compare import compare
 from llmsurgery.cli.debias import debias
 from llmsurgery.cli.diff import diff
@@ -28,6 +29,7 @@ from llmsurgery.cli.redirect import redirect
 from llmsurgery.cli.remove_layernorm import remove_layernorm
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.run import run_recipe
+from llmsurgery.cli.stack import stack
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -58,11 +60,13 @@ for name, command in (
     ("linearity", linearity),
     ("diff", diff),
     ("apply", apply),
+    ("stack", stack),
     ("revert", revert),
     ("verify", verify),
     ("methods", methods),
 ):
     app.command(name)(command)
+app.add_typer(audit, name="audit")
 
 INTERRUPTED = 130
 

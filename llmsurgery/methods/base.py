@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from llmsurgery.arch.adapter import Adapter
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
@@ -63,10 +64,9 @@ class MethodSpec:
         targetless: Whether pairs need no target: the name alone says what is to change.
         models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
         walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
+        adapter: Whether MODEL is a LoRA adapter, and the model called "aligned" its base.
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
         refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
-        guarded: Whether training can be held to answers that are not to change; where all of the model is to stay what
-            it is, there is nothing to guard it against.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
@@ -93,9 +93,9 @@ class MethodSpec:
     targetless: bool = False
     models: tuple[str, ...] = ()
     walks: bool = False
+    adapter: bool = False
     structured: bool = False
     refuses: tuple[str, ...] = ()
-    guarded: bool = True
     pictures: bool = False
 
     def export_of(self, config: object) -> str:
@@ -146,6 +146,8 @@ class Operation:
         beside: Directory of what earlier operations kept beside the source; it may not exist.
         history: The operations that made the source, oldest first, as its manifest tells them.
         models: Further models by name ("aligned", "base", "unaligned").
+        adapter: The adapter that is the source, for a method of adapters; `read`, `model` and `models` are then the
+            base with it merged, that in memory, and the base alone.
         recovery: Measures refusals and the task on a model in memory; None for other tasks.
         pictured: Questions about pictures that it may learn from, or None.
     """
@@ -169,6 +171,7 @@ class Operation:
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     recovery: Recovery | None = None
     pictured: PicturedSet | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

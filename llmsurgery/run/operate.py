@@ -11,6 +11,7 @@ from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
+from llmsurgery.run.adapted import attached, merged_model, merged_reader
 from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap, warn_of_questions
@@ -68,12 +69,19 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         recovery = make_recovery(prepared, notices, rows)
         streamed = open_whole(prepared, prepared.checkpoint.root, prepared.structure)
         source = [streamed.model if streamed is not None else _load(prepared, prepared.checkpoint.root)]
+        read = tensor_reader(prepared.checkpoint)
+        if prepared.adapter is not None:
+            source = [attached(source.pop(), prepared.adapter)]
+            read = merged_reader(prepared.adapter, prepared.targets, read)
         before = _measure(prepared, streamed or source[0], notices, rows, keep_reference=True, retained=retained)
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
         before = _with_pruning(prepared, streamed or source[0], prepared.checkpoint, before)
         before = _with_linearity(prepared, source[0], before)
         before = _with_recovery(source[0], before, recovery, notices, rows)
         before = _with_pictures(prepared, source[0], before, notices, rows)
+        if prepared.adapter is not None:
+            source.clear()
+            source.append(merged_model(_load(prepared, prepared.checkpoint.root), prepared.targets, read))
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -85,7 +93,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
             operation = Operation(
                 structure=prepared.structure,
                 source_config=prepared.checkpoint.config,
-                read=tensor_reader(prepared.checkpoint),
+                read=read,
                 model=model,
                 encoder=prepared.encoder,
                 data=prepared.rows,
@@ -102,6 +110,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 models=other_models(prepared),
                 recovery=recovery,
                 pictured=prepared.pictured_given,
+                adapter=prepared.adapter,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 

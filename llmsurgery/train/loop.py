@@ -169,7 +169,7 @@ class _Loop:
         self.resumed: list[dict[str, object]] = []
         self.stage = session.stage
         self.due: State | None = None
-        self.optimizer = make_optimizer(trainable.parameters, lr, config)
+        self.optimizer = make_optimizer(trainable.parameters, lr, config, trainable.factors)
         self.saved = state = session.store.load(self.stage) if session.store is not None else None
         if state is not None:
             self._restore(state)

@@ -125,7 +125,6 @@ class Fakeln:
         roles=("norm.attn",),
         lacks=("router", "norm.q_a", "norm.kv_a"),
         refuses=("float16",),
-        guarded=False,
     )
     config_type = FakelnConfig
 
