@@ -176,7 +176,7 @@ class Pat:
         structure, session, training = operation.structure, operation.training, config.training
         widths = widths_of(config.width, structure)
         steps = max(1, planned_steps(training, len(prepared)))
-        tell_of_repeats(operation, steps * training.batch_size / len(prepared))
+        tell_of_repeats(operation, steps * min(training.batch_size, len(prepared)) / len(prepared))
         gate = make_gate(config, operation, widths, horizon_of(config, steps))
         with (
             prepare_trainable(operation.model, self.moved(config, structure), training, operation.read) as trainable,
