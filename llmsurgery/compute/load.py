@@ -18,14 +18,19 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.initialization import no_init_weights
 
 from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.compute.halving import is_memory_error
 from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,12 +56,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except StrictDataclassError as error:
         # The tokenizer's loader reads the model's config first.
         raise _bad_config(path, error) from error
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"no usable tokenizer in {path}",
-            str(error).partition("\n")[0][:200],
-            "copy tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RecursionError) as error:
+        raise _bad_tokenizer(path, error) from error
+    except BaseException as error:
+        # The package tokenizers raises bare exceptions for a broken tokenizer.json, and its panics are not even these.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise _bad_tokenizer(path, error) from error
     if tokenizer.eos_token_id is None:
         raise UnsupportedError(
             f"the tokenizer in {path} has no end-of-sequence token",
@@ -64,6 +70,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "set eos_token in tokenizer_config.json",
         )
     return tokenizer
+
+
+def _bad_tokenizer(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"no usable tokenizer in {path}",
+        str(error).partition("\n")[0][:200] or type(error).__name__,
+        "copy tokenizer.json and tokenizer_config.json beside the weights",
+    )
 
 
 def _bad_config(path: Path, error: Exception) -> InputError:
@@ -154,20 +168,52 @@ def load_with(
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape.
         UnsupportedError: transformers has no class for it.
     """
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     return _checked(
         path,
         buffers,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(AutoConfig.from_pretrained(path, **common)).from_pretrained(
             path,
             **options,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            **common,
             output_loading_info=True,
             use_safetensors=True,
             # Wrong shapes are reported below instead of raised as a bare RuntimeError.
             ignore_mismatched_sizes=True,
         ),
     )
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that a config is registered for: causal language models, else those that see pictures."""
+    seeing, speaking = AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping
+    return (
+        AutoModelForImageTextToText if type(config) in seeing and type(config) not in speaking else AutoModelForCausalLM
+    )
+
+
+def load_processor(path: Path) -> ProcessorMixin:
+    """Load what turns pictures and text into a model's inputs.
+
+    Raises:
+        InputError: There is none beside the weights, or it cannot be read.
+    """
+    quiet_transformers()
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"no usable processor of pictures in {path}",
+            str(error).partition("\n")[0][:200],
+            "copy processor_config.json or preprocessor_config.json beside the weights",
+        ) from error
+    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
+        raise InputError(
+            f"no usable processor of pictures in {path}",
+            f"what is there is a {type(processor).__name__}, which takes text alone",
+            "copy processor_config.json or preprocessor_config.json beside the weights",
+        )
+    return processor
 
 
 def model_of_headers(
@@ -194,7 +240,7 @@ def model_of_headers(
         config = AutoConfig.from_pretrained(path, **options)
         with torch.device("meta"), no_init_weights():
             # Only to learn the class, which may come with the checkpoint.
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            kind = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         stored = {
             name: torch.empty(info.shape, dtype=STORED.get(info.dtype, torch.float32), device="meta")
             for name, info in checkpoint.tensors.items()
@@ -233,15 +279,19 @@ def _checked(path: Path, buffers: tuple[str, ...], make: Callable[[], tuple[Any,
         ) from error
     except (
         ValueError,
-        KeyError,
+        LookupError,
         ImportError,
         TypeError,
         AttributeError,
-        ZeroDivisionError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
     ) as error:
+        if is_memory_error(error):
+            raise
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot build the model in {path}",
-            str(error).partition("\n")[0][:300],
+            str(error).partition("\n")[0][:300] or type(error).__name__,
             "check config.json, or a newer transformers",
         ) from error
     # A silently dropped or freshly initialised tensor would make every figure meaningless.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from llmsurgery.data.records import Message, Row
+from llmsurgery.data.template_bounds import TemplateTimeError, bounded
 from llmsurgery.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 256
 """Longest chunk of plain text, for training and for measuring: both must see the same halves."""
+
+
+_SPARE = 1_000_000
+"""Characters that a template may add to its turns."""
+_TEMPLATE = "correct chat_template in the tokenizer's files"
+_RAISED = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+)
+"""What the operations in a template raise, which are those of Python; also when it is too deep to be compiled."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.parts = False
         self.end_id = self._find_end_token()
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
@@ -64,6 +82,10 @@ class Encoder:
             return eos
         probe = "ANSWER"
         text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
+        if probe not in text:
+            # The templates of vision-language models take what is said as a list of parts.
+            self.parts = True
+            text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
         before, found, after = text.rpartition(probe)
         if not found:
             raise InputError(
@@ -78,16 +100,28 @@ class Encoder:
         return next((token for token in tail if token in special), eos)
 
     def _render(self, turns: Sequence[Message], generation: bool, where: str) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages = [
+            {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if self.parts else turn.content}
+            for turn in turns
+        ]
         try:
             # Some templates print today's date; a fixed one keeps figures the same from day to day.
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
+            with bounded():
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
+                    )
+                )
+        except TemplateTimeError as error:
+            raise InputError(f"{where}: the chat template does not come to an end", str(error), _TEMPLATE) from error
+        except MemoryError as error:
+            raise InputError(f"{where}: the chat template fills the memory", "more than 1 GiB", _TEMPLATE) from error
+        except _RAISED as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise InputError(f"{where}: the chat template refuses these turns", reason, "check the roles") from error
-        return str(text)
+        if len(text) > _SPARE + 10 * sum(len(turn.content) for turn in turns):
+            raise InputError(f"{where}: the chat template makes {len(text)} characters of it", "", _TEMPLATE)
+        return text
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -274,3 +274,33 @@ def _guard(prepared: Prepared) -> tuple[Shape, int]:
     tokens = len(short.ids) + config.question_tokens + config.answer_tokens
     size = min(size, config.prompts)
     return Shape(size, tokens, size * config.answer_tokens), config.prompts * config.answer_tokens
+
+
+def trace_windows(
+    prepared: Prepared, model: PreTrainedModel, rows: int, tokens: int, targets: Sequence[RoleTensor] = ()
+) -> int:
+    """Return the peak of a forward of some windows on top of the weights, in bytes.
+
+    Args:
+        prepared: The checked request.
+        model: The model without weights; it is not fit for other use afterwards.
+        rows: Windows.
+        tokens: Tokens of each.
+        targets: Matrices whose gradients are handed over one by one in a backward; none for a forward alone.
+    """
+    import torch
+
+    from llmsurgery.compute.head import label_log_probabilities, read_head
+    from llmsurgery.compute.memory import pretend
+    from llmsurgery.train.weight_gradients import handed_gradients
+
+    shape = Shape(rows, tokens, rows * (tokens - 1))
+    with pretend(model, prepared.device) as ledger, torch.set_grad_enabled(bool(targets)), ledger:
+        weights = ledger.live
+        if not targets:
+            _forward(model, shape, prepared.device)
+            return ledger.peak - weights
+        with handed_gradients(model, targets, lambda _target, _gradient: None):
+            hidden, labels = _forward(model, shape, prepared.device)
+            torch.autograd.backward(-label_log_probabilities(hidden, read_head(model), labels).mean())
+        return ledger.peak - weights
