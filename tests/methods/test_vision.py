@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import softmax
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from llmsurgery import apply, debias, diff, evaluate_checkpoints, inspect, revert, unlearn, verify
+from llmsurgery import apply, debias, diff, evaluate_checkpoints, revert, unlearn, verify
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.cli.app import run
@@ -232,8 +232,7 @@ def test_tensors_of_the_language_model_have_roles_and_their_place() -> None:
     other = {**checkpoint.config, "text_config": {"model_type": "opt"}}
     with pytest.raises(UnsupportedError, match="'opt' is not supported"):
         detect(other, checkpoint.tensors)
-    found: Any = inspect(DEMO)
-    assert found
+    assert run(["inspect", str(DEMO), "--json"]) == 0
 
 
 def tied(root: Path) -> Path:
@@ -277,6 +276,7 @@ def test_methods_for_text_models_refuse_a_vision_language_model(tmp_path: Path, 
     with pytest.raises(UnsupportedError, match="flat is for text models") as caught:
         unlearn(DEMO, method="flat", forget=data_files["forget"], out=tmp_path / "out")
     assert caught.value.exit_code == 4
+    assert run(["lens", str(DEMO), "The baker"]) == 4
 
 
 def test_pictures_of_a_text_model_cannot_be_evaluated(checkpoints: dict[str, Path]) -> None:
