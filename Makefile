@@ -51,9 +51,10 @@ conformance: $(READY)
 	LLMSURGERY_CONFORMANCE=all $(BIN)/python -m benchmarks.conformance
 	$(BIN)/python -m benchmarks.table
 
-# The pages of the methods, from their docstrings and configs.
+# The pages of the methods and the README's table, from their docstrings and configs; then the site, without a broken link.
 docs: $(READY)
-	$(BIN)/python -m llmsurgery.report.method_page docs/methods
+	$(BIN)/python -m llmsurgery.report.method_page docs/methods README.md
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -83,6 +83,10 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     given = given - {"mcq", "letters"} | {"pictures"} if pictures else given
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
+    if config.position_invariant and "mcq" not in files:
+        raise UsageError(
+            "--position-invariant needs --mcq", "the options of its questions are what is listed", "give --mcq DATA"
+        )
     rows = read_sets({name: path for name, path in files.items() if name not in ASKED})
     asked = read_asked(files, pictures)
     # Attacks alone look at the control rows.
