@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SurgeryError(Exception):
@@ -71,6 +72,8 @@ class GateError(SurgeryError):
     kind = "gate"
     report: dict[str, object] | None = None
     """What was measured, for the JSON document of the failure."""
+    examples: tuple[Any, ...] = ()
+    """Answers before and after, for a report."""
 
 
 class ResourceError(SurgeryError):

@@ -93,7 +93,10 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in found)}
     copies = tuple((role, target) for role, target in tied.items() if role not in shared)
     other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
-    return Structure(family, layers, tuple(found), shared, other, copies, experts)
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    return Structure(
+        family, layers, tuple(found), shared, other, copies, experts, heads if isinstance(heads, int) else 0
+    )
 
 
 def inner_config(family: Family, config: Mapping[str, object]) -> Mapping[str, object]:

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.summary import Describe
+from llmsurgery.cli.summary import summary as summarised
 from llmsurgery.errors import UsageError
 
 
@@ -35,6 +37,7 @@ def evaluate(
     suite_dir: options.SuiteDir = None,
     assignments: options.Assignments = None,
     require: options.Require = None,
+    summary: options.Summary = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     batch_size: options.BatchSize = None,
@@ -56,35 +59,43 @@ def evaluate(
     data |= {"control": control, "harmful": harmful, "task": task, "harmless": harmless}
     data |= {"mcq": mcq, "contrast": contrast}
     arguments = options.split_judge(judge)
-    if from_log:
-        others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
-        given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
-        given += ["--position-invariant"] * position_invariant
-        given += ["--judge"] * bool(arguments)
-        _refuse_beside_log([*(models or []), *given])
-        document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
-    else:
-        document = api.evaluate_checkpoints(
-            models or [],
-            **data,
-            source=source,
-            retain_model=retain_model,
-            retain_log=retain_log,
-            log=log,
-            attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
-            judge=arguments,
-            suite=suite,
-            suite_dir=suite_dir,
-            position_invariant=position_invariant,
-            settings=settings,
-            require=gates,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-            progress=output,
-        )
+    with summarised(summary, output, _describe) as tell:
+        if from_log:
+            others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
+            given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
+            given += ["--position-invariant"] * position_invariant
+            given += ["--judge"] * bool(arguments)
+            _refuse_beside_log([*(models or []), *given])
+            document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
+        else:
+            document = api.evaluate_checkpoints(
+                models or [],
+                **data,
+                source=source,
+                retain_model=retain_model,
+                retain_log=retain_log,
+                log=log,
+                attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
+                judge=arguments,
+                suite=suite,
+                suite_dir=suite_dir,
+                position_invariant=position_invariant,
+                settings=settings,
+                require=gates,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                trust_remote_code=trust_remote_code,
+                progress=output,
+            )
+        tell(document)
     _show(output, cast(dict[str, Any], document))
+
+
+def _describe() -> Describe:
+    from llmsurgery.report.summary import measurement_summary
+
+    return measurement_summary
 
 
 def _refuse_beside_log(words: list[str]) -> None:

@@ -140,6 +140,22 @@ NewOut = Annotated[str, typer.Option("-o", "--out", help="output directory")]
 PatchOut = Annotated[str | None, typer.Option("-o", "--out", help="write a patch that leads from A to B")]
 KeepPartial = Annotated[bool, typer.Option("--keep-partial", help="keep the checkpoint when a gate fails")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that the checkpoint brings")]
+Report = Annotated[bool, typer.Option("--report", help="leave report.html in the output, a page for people")]
+ReportExamples = Annotated[
+    int, typer.Option("--report-examples", min=0, help="forget questions quoted with their answers; 0: none")
+]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="upload the result to this hub repository, made private if new"),
+]
+Summary = Annotated[
+    str | None,
+    typer.Option(
+        "--summary",
+        metavar="FILE|none",
+        help="append a Markdown summary; default: the file that $GITHUB_STEP_SUMMARY names, where it is set",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print only the essential result")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="print tracebacks of errors")]
