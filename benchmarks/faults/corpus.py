@@ -265,7 +265,12 @@ def damaged_side_files(work: Path, tries: int, seed: int = 4) -> Tally:
     folder, generator = _folder(work / "sides"), random.Random(seed)
     (folder / "generation_config.json").write_text('{"eos_token_id": 257, "max_length": 20}')
     names = ["config.json", "config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"]
-    cases = []
+    config = json.loads((folder / "config.json").read_text())
+    cases = [
+        (f"config.json {key}={value:.3g}", "config.json", json.dumps({**config, key: value}).encode())
+        for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
+        for value in (-1, 10**12)
+    ]
     for number in range(tries):
         name = names[number % len(names)]
         content = damage.damage_text_json((folder / name).read_bytes(), generator)

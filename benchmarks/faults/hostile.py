@@ -24,7 +24,7 @@ TEMPLATES = {
     "a list of 800 GB": "{{ ([0] * 10**11)|length }}" + _TURNS,
     "padding": "{{ '%999999999999d'|format(1) }}" + _TURNS,
     "fifty megabytes": "{{ 'x' * (5 * 10**7) }}" + _TURNS,
-    "a tower of powers": "{{ 9 ** 9 ** 9 }}" + _TURNS,
+    "a tower of powers": "{{ 9 ** (9 ** 9) }}" + _TURNS,
     "a division by zero": "{{ 1 // 0 }}" + _TURNS,
     "a macro without an end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + _TURNS,
     "attributes of Python": "{{ ''.__class__.__mro__[1].__subclasses__() }}" + _TURNS,
@@ -153,7 +153,7 @@ def secrets(stage: Stage) -> Tally:
     harmful = stage.work / "harmful.jsonl"
     harmful.write_text('{"prompt": "Describe the purple cup."}\n')
     judge = stage.work / "judge.sh"
-    judge.write_text("#!/bin/sh\nsed 's/\\(\"id\": [0-9]*\\).*/\\1, \"harmful\": false}/'\n")
+    judge.write_text('#!/bin/sh\nsed \'s/\\("id": [0-9]*\\).*/\\1, "harmful": false}/\'\n')
     judge.chmod(0o755)
     failing = ["--require", "utility.ppl<=0"]
     tries: dict[str, tuple[list[str], int]] = {

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmsurgery.checkpoint.documents import parse_json
 from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.checkpoint.documents import parse_json
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
