@@ -271,6 +271,8 @@ def damaged_side_files(work: Path, tries: int, seed: int = 4) -> Tally:
         for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
         for value in (-1, 10**12)
     ]
+    wrong = {**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": "x"}
+    cases.append(("tokenizer_config.json model_max_length=x", "tokenizer_config.json", json.dumps(wrong).encode()))
     for number in range(tries):
         name = names[number % len(names)]
         content = damage.damage_text_json((folder / name).read_bytes(), generator)
