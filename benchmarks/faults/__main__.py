@@ -82,7 +82,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    from benchmarks.record import write_result
+    from benchmarks.record import environment, write_result
 
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
@@ -97,7 +97,7 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - begun, 1),
                 "cpu_seconds": round(processor_seconds() - used, 1),
             }
-            rows.append({"group": name, **tally.record(), **spent})
+            rows.append({"group": name, **tally.record(), **spent, "commit": environment()["commit"]})
             print(f"{tally.name}: {tally.tried} tried, {tally.survived} survived, {len(tally.lost)} lost", flush=True)
             print("".join(f"    {line}\n" for line in tally.lost), end=f"    {tally.skipped}\n" * bool(tally.skipped))
     lost = sum(len(row["lost"]) for row in rows if isinstance(row["lost"], list))
