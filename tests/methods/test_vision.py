@@ -74,8 +74,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     root = tmp_path_factory.mktemp("results")
     runs: dict[str, dict[str, Any]] = {
         "calibrate": {"method": "vlm-calibrate"},
-        "contrast": {"method": "vlm-contrast", "settings": {"content_free": "both"}},
-        "folded": {"method": "vlm-contrast", "settings": {"form": "folded"}},
+        "contrast": {"method": "vlm-contrast", "settings": {"content_free": "both", "eval.text_rows": 4}},
+        "folded": {"method": "vlm-contrast", "settings": {"form": "folded", "eval.text_rows": 4}},
     }
     return {name: debias(out=root / name, **options) for name, options in runs.items()}
 
@@ -299,8 +299,9 @@ def test_bad_data_and_settings_are_named(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_plans_the_head_alone(tmp_path: Path) -> None:
-    plan: Any = debias(method="vlm-calibrate", out=tmp_path / "out", dry_run=True).manifest
+    few = {"eval.text_rows": 2}
+    plan: Any = debias(method="vlm-calibrate", out=tmp_path / "out", dry_run=True, settings=few).manifest
     assert list(plan["targets"]) == ["lm_head"]
     assert plan["data"]["mcq"] == 160
-    plan = debias(method="vlm-contrast", out=tmp_path / "out", dry_run=True).manifest
+    plan = debias(method="vlm-contrast", out=tmp_path / "out", dry_run=True, settings=few).manifest
     assert plan["tensors"] == 0
