@@ -105,9 +105,8 @@ def comparison_page(
     verdict = ("bad", f"Ended in an error: {', '.join(failed)}") if failed else ("good", "Every recipe ran to its end")
     sections = [Section("Recipes", table[0], table[1], note)]
     axes = ("forget rows kept (less is better)", "other rows kept" if retained else "perplexity ratio (less is better)")
-    return _render(
-        "compare", f"{len(document['rows'])} recipes", verdict, sections, _points(points, document["front"]), axes
-    )
+    drawn = _points(points, document["front"])
+    return _render("compare", f"{len(document['rows'])} recipes", verdict, sections, drawn, axes, _ends(points))
 
 
 def write_page(path: str, page: str) -> None:
@@ -140,8 +139,9 @@ def _render(
     sections: Sequence[Section],
     points: Sequence[Point],
     axes: tuple[str, str] = ("", ""),
+    ends: tuple[float, float] = (1.0, 1.0),
 ) -> str:
-    picture = {"side": SIDE, "margin": MARGIN, "points": points, "axes": axes}
+    picture = {"side": SIDE, "margin": MARGIN, "points": points, "axes": axes, "ends": ends}
     return page_template("tables.html").render(
         command=command, what=what, verdict=verdict, sections=sections, picture=picture, version=__version__
     )
@@ -173,11 +173,13 @@ def _data(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(name, entry) for name, entry in entries.items() if isinstance(entry, Mapping) and "sha256" in entry]
 
 
+def _ends(points: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
+    """Return the ends of both axes: the largest values, at least 1."""
+    return max([1.0, *(forget for _, forget, _ in points)]), max([1.0, *(rest for _, _, rest in points)])
+
+
 def _points(points: Sequence[tuple[str, float, float]], front: Sequence[str]) -> list[Point]:
-    """Place points so that the largest value of each axis, at least 1, is its end."""
-    right = max([1.0, *(forget for _, forget, _ in points)])
-    top = max([1.0, *(rest for _, _, rest in points)])
-    room = SIDE - 2 * MARGIN
+    (right, top), room = _ends(points), SIDE - 2 * MARGIN
     return [
         Point(
             round(MARGIN + room * forget / right, 1),
