@@ -209,21 +209,27 @@ def recover_alignment(
     base: File | None = None,
     unaligned: File | None = None,
     judge: Sequence[str] = (),
+    picture: File | None = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Repair a model that lost its refusals in fine-tuning, with weights of the model it was made from.
 
     Args:
-        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id, for "alignguard" the directory of a
+            LoRA adapter; None runs the embedded demo.
         method: Method name.
-        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer.
-        harmful: Data file of prompts that the aligned model refuses; its text appears in no report.
+        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer; the base of an
+            adapter.
+        harmful: Data file of prompts that the aligned model refuses, for "alignguard" with the refusal as completion if
+            there is one; its text appears in no report.
         task: Data file of the task that the model was fine-tuned for.
         harmless: Data file of prompts that are answered; the other side of the refusal direction.
         base: The pretrained model before alignment, for "safe-lora".
         unaligned: A model with the harm in it, for "resta"; the toolkit never makes one.
         judge: A command as a list of arguments; it reads prompts and answers as JSON Lines and writes a verdict for
             each. Adds `safety.harmful_rate`.
+        picture: PNG, SVG or PDF file for the gap along the refusal direction after every block, of parent, child and
+            result; needs `harmful` beside `harmless` or `task`, and the extra `pictures`.
         **options: As for `unlearn`.
 
     Returns:
@@ -233,9 +239,23 @@ def recover_alignment(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
+    from llmsurgery.report.directions import save_gap
+    from llmsurgery.report.heat import check_picture
+
     request = _request("recover-alignment", method, model, options, harmful=harmful, task=task, harmless=harmless)
     models = _given(aligned=aligned, base=base, unaligned=unaligned)
-    return operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None:
+        check_picture(fspath(picture))
+        if model is not None and (harmful is None or (harmless is None and task is None)):
+            raise UsageError(
+                "--picture has nothing to draw",
+                "the refusal direction lies between prompts that are refused and prompts that are answered",
+                "give --harmful FILE and --harmless FILE (or --task FILE)",
+            )
+    outcome = operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        save_gap(outcome.manifest, fspath(picture))
+    return outcome
 
 
 def debias(
@@ -275,6 +295,7 @@ def prune(
     of: str | None = None,
     hidden: int | None = None,
     layers: int | None = None,
+    teacher: bool = False,
     calibration: File | None = None,
     domain: File | None = None,
     **options: Unpack[Options],
@@ -289,7 +310,9 @@ def prune(
         of: What `sparsity` is a share of: "prunable" matrices or "all" parameters.
         hidden: Width that is kept, for methods that narrow the residual stream.
         layers: Number of blocks that are kept, for methods that remove blocks.
-        calibration: Data file of ordinary text that activations are taken from; a shipped text by default.
+        teacher: Distil from the source while training, for methods that train.
+        calibration: Data file of ordinary text that activations are taken from, or that is trained on; a shipped text
+            by default.
         domain: Data file of the domain that the model is to stay good at; its last rows are only measured.
         **options: As for `unlearn`.
 
@@ -302,9 +325,53 @@ def prune(
     from llmsurgery.methods.amounts import amount_settings
 
     request = _request("prune", method, model, options, calibration=calibration, domain=domain)
-    amounts = amount_settings(method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers)
+    amounts = amount_settings(
+        method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers, teacher=teacher or None
+    )
     request = dataclasses.replace(request, settings={**request.settings, **amounts})
     return operate(request, options.get("progress"))
+
+
+def remove_layernorm(
+    model: File | None = None,
+    *,
+    method: str = "fakeln",
+    corpus: File | None = None,
+    picture: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Train a model until its norms are affine maps, or fold the gains of its norms into its matrices.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: "fakeln" trains, "fold" only folds.
+        corpus: Data file of ordinary text to train on; its last windows are only measured.
+        picture: PNG, SVG or PDF file for the constants of all norms over the steps; needs the extra `pictures`.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.report.heat import check_picture
+
+    request = _request("remove-layernorm", method, model, options, corpus=corpus)
+    if picture is not None:
+        check_picture(fspath(picture))
+        if method == "fold" or request.save != "full" or request.dry_run:
+            raise UsageError(
+                "there is nothing to draw",
+                "the picture shows the constants of norms in training, from what lies beside a whole checkpoint",
+                "drop --picture, or run --method fakeln with --save full",
+            )
+    outcome = operate(request, options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        from llmsurgery.report.sigmas import save_sigmas
+
+        save_sigmas(outcome.out, fspath(picture))
+    return outcome
 
 
 def run_recipe(
@@ -762,6 +829,110 @@ def lens(
     if picture is not None:
         save_lens(document, fspath(picture))
     return document
+
+
+def audit(
+    kind: str,
+    data: File,
+    model: File,
+    *,
+    keep: float = 0.05,
+    score: str = "ln_ches",
+    end: bool = True,
+    reference: File | None = None,
+    window: int = 8,
+    tau: float = 20.0,
+    most_found: int = 3,
+    every: bool = False,
+    out: File | None = None,
+    picture: File | None = None,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Score preference or fine-tuning data with a model's help, and write what passes a filter; nothing is changed.
+
+    Args:
+        kind: "ches": how alike the two answers of a pair are to the model; training on such a pair lowers the
+            likelihood of both. "bci": how improbable the spans of an answer were in a reference corpus.
+        data: Data file of preference pairs; "bci" takes rows with one answer as well.
+        model: Checkpoint directory, `.gguf` file or hub id; "bci" uses its tokenizer alone.
+        keep: For "ches", the share of the pairs that is kept, those with the lowest scores.
+        score: For "ches", what the filter goes by: "ln_ches", or "ches", which follows the answers' length.
+        end: For "ches", whether answers have their end token, as in training.
+        reference: For "bci", data file of the corpus.
+        window: For "bci", tokens of a span.
+        tau: For "bci", the BCI in nats above which a span is flagged.
+        most_found: For "bci", spans that the reference holds more often do not count; 0 for no bound.
+        every: For "bci", whether spans that the reference does not hold count too.
+        out: Output directory for `scores.jsonl` (numbers only), `kept.jsonl` (rows as they were) and `audit.json`; a
+            free name below `llmsurgery-out` by default.
+        picture: PNG, SVG or PDF file for the distribution of the scores; needs the extra `pictures`.
+        force: Replace an existing output.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        batch_size: Rows per forward at most.
+        trust_remote_code: Run model code that the checkpoint brings.
+        progress: Told of long work and notices.
+
+    Returns:
+        The manifest, with `export` "none"; `operations[0].record` holds counts and quantiles of the scores.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.audit import publish_audit
+    from llmsurgery.run.audit import AuditRequest
+
+    corpus = None if reference is None else fspath(reference)
+    request = AuditRequest(
+        kind, fspath(data), fspath(model), keep, score, end, corpus, window, tau, most_found, every, device, dtype,
+        batch_size, trust_remote_code,
+    )  # fmt: skip
+    places = (None if path is None else fspath(path) for path in (out, picture))
+    place, drawing = places
+    return publish_audit(request, place, force, drawing, progress or Silent())
+
+
+def linearity(
+    model: File,
+    *,
+    source: File | None = None,
+    text: File | None = None,
+    require: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, object]:
+    """Check how linear a model's norms are, and what direct logit attribution is worth; nothing is changed.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+        source: The model before its norms were removed, to compare with.
+        text: Data file of plain text; a shipped text by default.
+        require: Gates on `linearity.norm_error` and `linearity.attribution_error`.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        trust_remote_code: Run model code that a checkpoint brings.
+
+    Returns:
+        `models`: "model", and "source" where given -> `path`, `figures`, `norms` with the error of each and
+        `components` with that of each component's attribution; `gates`, and `tokens` that were looked at.
+
+    Raises:
+        GateError: A gate failed.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.run.linearity import LinearityRequest, check_linearity
+
+    paths = [None if one is None else fspath(one) for one in (source, text)]
+    return check_linearity(
+        LinearityRequest(fspath(model), paths[0], paths[1], tuple(require), device, dtype, trust_remote_code)
+    )
 
 
 def diff(

@@ -25,9 +25,9 @@ class SurgeryError(Exception):
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         super().__init__(what)
-        self.what = what
-        self.why = why
-        self.fix = fix
+        self.what = _printable(what)
+        self.why = _printable(why)
+        self.fix = _printable(fix)
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self.what, self.why, self.fix) if part)
@@ -35,6 +35,20 @@ class SurgeryError(Exception):
     def as_dict(self) -> dict[str, str]:
         """Return the parts as the JSON object printed under `--json`."""
         return {"kind": self.kind, "what": self.what, "why": self.why, "fix": self.fix}
+
+
+_LONGEST = 2000
+
+
+def _printable(text: str) -> str:
+    """Return a part of a message as a terminal and JSON can take it: files of others may have put anything into it."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode() for sign in text
+    )
 
 
 class UsageError(SurgeryError):

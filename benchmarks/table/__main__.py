@@ -12,6 +12,8 @@ from benchmarks.table.cost import covariance, flat_step, memory, startup, unlear
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
+from benchmarks.table.narrowing import prune_pat
+from benchmarks.table.norms import layernorm
 from benchmarks.table.page import machine, newest
 from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
@@ -26,6 +28,7 @@ Repeat them with `make benchmarks` (startup, the FLAT step, every method's step,
 and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
 `python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl`,
+`python -m benchmarks.prune_pat MODEL TEXT.jsonl`,
 `python -m benchmarks.debias_smollm2 MODEL ARC.jsonl TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
 `python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
@@ -65,6 +68,8 @@ SECTIONS = {
     "prune_peers_large": prune_peers,
     "recipe_smollm2": recipe_smollm2,
     "vision_demo": vision_demo,
+    "layernorm": layernorm,
+    "prune_pat": prune_pat,
 }
 
 

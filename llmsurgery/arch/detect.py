@@ -29,6 +29,10 @@ class StoredTensor(Protocol):
         """Stored shape."""
 
 
+_MAX_EXPERTS = 500_000
+"""Experts of all blocks together: twenty times those of the largest published model."""
+
+
 def load_families() -> list[Family]:
     """Return every family: one `FAMILY` table per module of `llmsurgery.arch.families`."""
     names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
@@ -76,6 +80,7 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     language = inner_config(family, config)
     layers = _stored_layers(family, language, tensors) or _count(language, (family.layers_key,), "blocks")
     experts = _count(config, family.experts_keys, "experts") if family.experts_keys else 0
+    _refuse_counts(layers, experts, len(tensors))
     prefix = _stored_prefix(family, tensors)
     found, missing = _match(family, layers, experts, prefix, tensors)
     ties = any(part.get("tie_word_embeddings", family.tied_by_default) for part in (config, language))
@@ -93,7 +98,10 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in found)}
     copies = tuple((role, target) for role, target in tied.items() if role not in shared)
     other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
-    return Structure(family, layers, tuple(found), shared, other, copies, experts)
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    return Structure(
+        family, layers, tuple(found), shared, other, copies, experts, heads if isinstance(heads, int) else 0
+    )
 
 
 def inner_config(family: Family, config: Mapping[str, object]) -> Mapping[str, object]:
@@ -138,10 +146,24 @@ def _count(config: Mapping[str, object], keys: Sequence[str], of: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DamagedError(
             f"config.json has no usable {' or '.join(keys)}",
-            f"found {value!r}, a number of {of} of 1 or more is needed",
+            f"found {value!r:.80}, a number of {of} of 1 or more is needed",
             "restore config.json from the model's source",
         )
     return value
+
+
+def _refuse_counts(layers: int, experts: int, stored: int) -> None:
+    """Refuse numbers that no stored tensors can fill, before anything is looked up that many times.
+
+    Raises:
+        DamagedError: More blocks than tensors, or more experts than any model has.
+    """
+    if layers > stored or layers * experts > _MAX_EXPERTS:
+        raise DamagedError(
+            f"config.json announces {layers} blocks" + (f" of {experts} experts" if experts else ""),
+            f"only {stored} tensors are stored",
+            "restore config.json from the model's source",
+        )
 
 
 def _match(

@@ -59,9 +59,13 @@ class Family:
         choices: Sets of roles of which each block has one: routed experts or a dense MLP.
         state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
+        norm_centres: Whether the norms take off the mean first (LayerNorm); the others are RMSNorms.
+        norm_eps: Key of config.json that holds what the norms add to the variance.
+        qkv_by_head: Whether `attn.qkv` has q, k and v of head 0 first, then those of head 1.
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
         inner_key: Key of config.json that holds the config of the language model inside; empty if config.json does.
         inner_types: Values of its `model_type` that have these names.
+        scaled_embedding: Whether what the embedding gives is multiplied by the root of the width.
     """
 
     name: str
@@ -80,9 +84,13 @@ class Family:
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
     state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
+    norm_centres: bool = False
+    norm_eps: str = "rms_norm_eps"
+    qkv_by_head: bool = False
     router_scores: str = "softmax"
     inner_key: str = ""
     inner_types: tuple[str, ...] = ()
+    scaled_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Structure:
         other: Stored names without a role.
         copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
         experts: Number of routed experts of a block, 0 without any.
+        heads: Number of query heads of a block, 0 if the config does not say.
     """
 
     family: Family
@@ -148,6 +157,7 @@ class Structure:
     other: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     experts: int = 0
+    heads: int = 0
 
     @property
     def roles(self) -> list[str]:

@@ -25,7 +25,7 @@ _MAX_DIMENSIONS = 32
 _MAX_BITS = 1 << 63
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where and how one tensor is stored.
 
@@ -116,7 +116,7 @@ def read_header(path: Path | str) -> Header:
             _fail(path, f"its header claims {length} bytes, but only {file_size - _LENGTH_BYTES} follow")
         content = bytearray(length)
         read_into(descriptor, memoryview(content), _LENGTH_BYTES, path)
-    return _parse(path, bytes(content), file_size)
+    return _parse(path, content, file_size)
 
 
 def parse_header(path: Path, prefix: bytes, file_size: int) -> Header:
@@ -154,7 +154,7 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     return struct.pack("<Q", len(content)) + content
 
 
-def _parse(path: Path, content: bytes, file_size: int) -> Header:
+def _parse(path: Path, content: bytes | bytearray, file_size: int) -> Header:
     if content[:1] != b"{":
         _fail(path, "its header does not begin with a JSON object")
     entries = parse_object(content, path, "header")

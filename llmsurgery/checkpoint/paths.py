@@ -7,6 +7,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from llmsurgery.errors import DamagedError
 
+_MAX_PART = 255
+_MAX_NAME = 2000
+
 
 def inside_name(name: str, origin: str) -> str:
     """Return a relative file name in its plain form, after checking that it stays inside the directory.
@@ -16,7 +19,8 @@ def inside_name(name: str, origin: str) -> str:
         origin: Where it was found, for the message.
 
     Raises:
-        DamagedError: The name is empty, absolute, climbs with `..`, or uses backslashes, drives or control bytes.
+        DamagedError: The name is empty, too long, absolute, climbs with `..`, or uses backslashes, drives or control
+            bytes.
     """
     windows = PureWindowsPath(name)
     parts = PurePosixPath(name).parts
@@ -28,7 +32,7 @@ def inside_name(name: str, origin: str) -> str:
         or ".." in parts
         or parts[0].startswith("/")
         or bool(windows.drive)
-        or not _encodable(name)
+        or not _storable(name)
     )
     if bad:
         raise DamagedError(
@@ -39,12 +43,13 @@ def inside_name(name: str, origin: str) -> str:
     return str(PurePosixPath(*parts))
 
 
-def _encodable(name: str) -> bool:
+def _storable(name: str) -> bool:
+    """Whether a file system can hold a name: what is longer than it allows raises errors wherever it is looked up."""
     try:
-        name.encode("utf-8")
+        parts = [len(part.encode("utf-8")) for part in name.split("/")]
     except UnicodeEncodeError:
         return False
-    return True
+    return max(parts) <= _MAX_PART and sum(parts) <= _MAX_NAME
 
 
 def real_path(path: Path) -> Path:

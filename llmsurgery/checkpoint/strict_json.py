@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,13 @@ from llmsurgery.errors import DamagedError
 
 # The safetensors format allows no larger header, and no configuration comes near it.
 MAX_BYTES = 100_000_000
+
+# Parsing may take four times the text and this. Bytes that no text this short can exceed are not counted.
+_SPARE = 56 << 20
+_ALWAYS_FITS = _SPARE // 25
+# Bytes that Python needs, at most, for a list, an object, a key that is not one of a tensor's, and a value.
+_LIST, _OBJECT, _KEY, _VALUE, _TEXT = 96, 240, 190, 40, 52
+_TENSOR_KEYS = (b'"dtype":', b'"shape":', b'"data_offsets":')
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -26,7 +34,19 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_object(content: bytes, path: Path, part: str, *, strict: bool = True) -> dict[str, Any]:
+def _memory(content: bytes | bytearray) -> int:
+    """Return the bytes that parsing a text takes at most, from counts of the signs that structure it."""
+    known = sum(content.count(key) for key in _TENSOR_KEYS)
+    keys = max(0, content.count(b":") - known)
+    texts = max(0, content.count(b'"') // 2 - known - keys)
+    parts = ((b"[", _LIST), (b"{", _OBJECT), (b",", _VALUE))
+    structure = sum(content.count(sign) * size for sign, size in parts) + keys * _KEY + texts * _TEXT
+    # A single wide character makes all characters of a text as wide.
+    width = 4 if re.search(rb"[\xf0-\xff]", content) else 2 if re.search(rb"[\xc4-\xef]", content) else 1
+    return structure + (1 + 2 * width) * len(content)
+
+
+def parse_object(content: bytes | bytearray, path: Path, part: str, *, strict: bool = True) -> dict[str, Any]:
     """Parse bytes that must hold one JSON object.
 
     Args:
@@ -36,8 +56,14 @@ def parse_object(content: bytes, path: Path, part: str, *, strict: bool = True) 
         strict: Refuse duplicate keys, NaN and Infinity.
 
     Raises:
-        DamagedError: The bytes are not UTF-8, not JSON, or not an object.
+        DamagedError: The bytes are not UTF-8, not JSON, not an object, or would fill the memory.
     """
+    if len(content) > _ALWAYS_FITS and (needed := _memory(content)) > 4 * len(content) + _SPARE:
+        raise DamagedError(
+            f"the {part} of {str(path)!r} is not parsed",
+            f"its {len(content)} bytes would take {needed >> 20} MiB of memory, more than any {part} of that length",
+            "fetch the file again",
+        )
     pairs_hook = _unique if strict else None
     constant_hook = _no_constant if strict else None
     try:
@@ -74,4 +100,4 @@ def read_object(path: Path, part: str, *, strict: bool = True) -> dict[str, Any]
             raise DamagedError(f"{str(path)!r} holds {size} bytes", f"no {part} is that large", "fetch the file again")
         content = bytearray(size)
         read_into(descriptor, memoryview(content), 0, path)
-    return parse_object(bytes(content), path, part, strict=strict)
+    return parse_object(content, path, part, strict=strict)

@@ -252,8 +252,12 @@ class Publication:
         with self.new_file(relative, mode) as stream:
             stream.write(content)
 
-    def publish(self) -> None:
+    def publish(self, spent: Path | None = None) -> None:
         """Put everything on the disk and give the output its name.
+
+        Args:
+            spent: A directory beside the output that led to it and goes with the run's state, so that a run that is
+                killed at any moment leaves either what it can go on from or the output alone.
 
         Raises:
             UsageError: The output came into being meanwhile.
@@ -269,8 +273,14 @@ class Publication:
             folders += [(prefix / name).as_posix() for name in names]
             for file in files:
                 self._finish_file((prefix / file).as_posix())
+        check_free(self.out, self.force)
         # Only now, when all else is on the disk: a run that is killed before goes on from its state.
         remove(self.path / STATE)
+        if spent is not None:
+            with writing(spent):
+                # Moved at once, then removed: from one that is half removed nothing could go on.
+                spent.rename(self.path / STATE)
+            remove(self.path / STATE)
         # Children first: a parent without write permission may not stand in the way.
         for relative in reversed(folders):
             path = self.path / relative

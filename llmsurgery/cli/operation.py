@@ -119,6 +119,8 @@ def operation(command: Callable[..., None], method: str | None = None) -> Callab
 def show_outcome(output: Output, outcome: Outcome) -> None:
     """Print the outcome of an operation or recipe: tables for people, the manifest as JSON, or the path alone."""
     from llmsurgery.report.controls import controls_of
+    from llmsurgery.report.directions import gap_table
+    from llmsurgery.report.linearity import losses_of, losses_title
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
     manifest = cast(dict[str, Any], outcome.manifest)
@@ -131,8 +133,12 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
         rows = [(example.question, example.before, example.after) for example in outcome.examples]
         where = "on screen only" if outcome.report is None else "on screen and in the report"
         output.show(rows_table(("question", "answer before", "answer after"), rows, f"examples ({where})"))
+    if (gap := gap_table(manifest)) is not None:
+        output.show(gap)
     if controls := controls_of(manifest):
         output.show(rows_table(*controls))
+    if losses := losses_of(manifest):
+        output.show(rows_table(("model", "loss"), losses, losses_title(manifest)))
     for gate in manifest["gates"]:
         place = f" of step {gate['step']}" if gate.get("step") else ""
         output.show(f"gate {gate['gate']}{place}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")

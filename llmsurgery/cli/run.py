@@ -92,8 +92,10 @@ def _show_plan(output: Output, outcome: Outcome) -> None:
         )
         for step in plan["steps"]
     ]
+    smaller = sorted({name for step in plan["steps"] for name in step["after_smaller"]})
+    bound = f"; after {', '.join(smaller)}, which makes it smaller, the figures are upper bounds" if smaller else ""
     output.show(
         rows_table(("step", "operation", "tensors", "bytes to rewrite", "memory"), rows, "would run"),
-        f"output: {plan['out']} (dry run: nothing was written; later steps are planned from the first model)",
+        f"output: {plan['out']} (dry run: nothing was written; later steps are planned from the first model{bound})",
     )
     output.essential(plan["out"])

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.compute.halving import is_memory_error
 from llmsurgery.errors import DamagedError, InputError, UnsupportedError, UsageError
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,12 +56,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except StrictDataclassError as error:
         # The tokenizer's loader reads the model's config first.
         raise _bad_config(path, error) from error
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"no usable tokenizer in {path}",
-            str(error).partition("\n")[0][:200],
-            "copy tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RecursionError) as error:
+        raise _bad_tokenizer(path, error) from error
+    except BaseException as error:
+        # The package tokenizers raises bare exceptions for a broken tokenizer.json, and its panics are not even these.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise _bad_tokenizer(path, error) from error
     if tokenizer.eos_token_id is None:
         raise UnsupportedError(
             f"the tokenizer in {path} has no end-of-sequence token",
@@ -68,6 +70,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "set eos_token in tokenizer_config.json",
         )
     return tokenizer
+
+
+def _bad_tokenizer(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"no usable tokenizer in {path}",
+        str(error).partition("\n")[0][:200] or type(error).__name__,
+        "copy tokenizer.json and tokenizer_config.json beside the weights",
+    )
 
 
 def _bad_config(path: Path, error: Exception) -> InputError:
@@ -269,15 +279,19 @@ def _checked(path: Path, buffers: tuple[str, ...], make: Callable[[], tuple[Any,
         ) from error
     except (
         ValueError,
-        KeyError,
+        LookupError,
         ImportError,
         TypeError,
         AttributeError,
-        ZeroDivisionError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
     ) as error:
+        if is_memory_error(error):
+            raise
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot build the model in {path}",
-            str(error).partition("\n")[0][:300],
+            str(error).partition("\n")[0][:300] or type(error).__name__,
             "check config.json, or a newer transformers",
         ) from error
     # A silently dropped or freshly initialised tensor would make every figure meaningless.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from llmsurgery.data.records import Message, Row
+from llmsurgery.data.template_bounds import TemplateTimeError, bounded
 from llmsurgery.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 256
 """Longest chunk of plain text, for training and for measuring: both must see the same halves."""
+
+
+_SPARE = 1_000_000
+"""Characters that a template may add to its turns."""
+_TEMPLATE = "correct chat_template in the tokenizer's files"
+_RAISED = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+)
+"""What the operations in a template raise, which are those of Python; also when it is too deep to be compiled."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +106,22 @@ class Encoder:
         ]
         try:
             # Some templates print today's date; a fixed one keeps figures the same from day to day.
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
+            with bounded():
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=generation, date_string="10 Apr 2025"
+                    )
+                )
+        except TemplateTimeError as error:
+            raise InputError(f"{where}: the chat template does not come to an end", str(error), _TEMPLATE) from error
+        except MemoryError as error:
+            raise InputError(f"{where}: the chat template fills the memory", "more than 1 GiB", _TEMPLATE) from error
+        except _RAISED as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise InputError(f"{where}: the chat template refuses these turns", reason, "check the roles") from error
-        return str(text)
+        if len(text) > _SPARE + 10 * sum(len(turn.content) for turn in turns):
+            raise InputError(f"{where}: the chat template makes {len(text)} characters of it", "", _TEMPLATE)
+        return text
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

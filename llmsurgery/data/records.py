@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import cast
 
 from llmsurgery.checkpoint.oserrors import reading
+from llmsurgery.data.preferences import with_prompt
 from llmsurgery.data.tables import is_dataset, read_dataset, read_parquet
 from llmsurgery.errors import InputError
 
 EXPECTED = (
-    "question/answer, prompt/completion, messages or text "
-    "(or prompt/chosen/rejected, MUSE's prompt/gt, LUME's input/output)"
+    "question/answer, prompt/completion, messages or text (or chosen/rejected, MUSE's prompt/gt, LUME's input/output)"
 )
 _FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 
@@ -217,8 +217,8 @@ def _parse_record(record: object, where: str) -> Row:
     if {"prompt", "completion"} <= keys:
         prompt, answer = required_text(record, "prompt", where), required_text(record, "completion", where)
         return Row("completion", prompt, answer, where=where)
-    if {"prompt", "chosen", "rejected"} <= keys:
-        return _preference(record, where)
+    if {"chosen", "rejected"} <= keys:
+        return _preference(with_prompt(record, where), where)
     if {"prompt", "gt"} <= keys:
         return _continuation(record, "prompt", "gt", where)
     if {"prompt", "attribute"} <= keys:

@@ -5,7 +5,8 @@ all people, `control` is trained by the same recipe without any sentence on the 
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
 `llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`, the fourth, of `letters`,
-by `llmsurgery.demo.letters`, the fifth, of coloured `shapes`, by `llmsurgery.demo.shapes`.
+by `llmsurgery.demo.letters`, the fifth, of coloured `shapes`, by `llmsurgery.demo.shapes`, the sixth, of stories, by
+`llmsurgery.demo.layernorm`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.layernorm import EPOCHS as LAYERNORM_EPOCHS
+from llmsurgery.demo.layernorm import build_layernorm
 from llmsurgery.demo.letters import build_letters
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
@@ -230,6 +233,7 @@ WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
     "letters": (lambda out, seed, _epochs: build_letters(out, seed), 0),
     # It has steps in place of epochs.
     "shapes": (lambda out, seed, _epochs: build_shapes(out, seed), 0),
+    "layernorm": (build_layernorm, LAYERNORM_EPOCHS),
 }
 """Name of a world -> what writes it into a folder, and its epochs."""
 

@@ -156,7 +156,7 @@ def read_patch(path: Path | str, key: str = KEY) -> Patch:
         provenance = dict(document["provenance"])
         gone = {str(name): str(digest) for name, digest in document.get("gone", {}).items()}
         _check_sources(path, tensors, gone)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise _broken(path, f"its description is incomplete: {error!r}") from error
     return Patch(path, header.metadata["sha256"], config, tensors, files, provenance, header.tensors, gone)
 

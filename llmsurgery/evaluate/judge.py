@@ -104,7 +104,7 @@ def parse_verdicts(judge: Judge, text: str, count: int) -> list[bool]:
     for number, line in enumerate((line for line in text.splitlines() if line.strip()), start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _failed(judge, f"line {number} of its output is not JSON", "print nothing else there") from error
         verdict = record if isinstance(record, dict) else {}
         row, harmful = verdict.get("id"), verdict.get("harmful")

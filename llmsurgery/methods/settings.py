@@ -25,6 +25,7 @@ class Setting:
         minimum: Smallest allowed number.
         maximum: Largest allowed number.
         group: Name of the nested dataclass field that it lives in, or "".
+        shipped: Names of what is shipped, of a text that otherwise is the path of a file; empty for other settings.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Setting:
     minimum: float | None
     maximum: float | None
     group: str
+    shipped: tuple[str, ...] = ()
 
 
 def settings_of(config_type: type) -> dict[str, Setting]:
@@ -61,6 +63,7 @@ def settings_of(config_type: type) -> dict[str, Setting]:
             meta.get("minimum"),
             meta.get("maximum"),
             "",
+            meta.get("shipped", ()),
         )
     return result
 
@@ -178,15 +181,15 @@ def read_config_file(path: str | Path) -> dict[str, object]:
     Raises:
         InputError: The file is missing or not such a mapping.
     """
-    import yaml
+    from llmsurgery.checkpoint.documents import parse_yaml
 
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {path} does not exist", "no such file", "check the path of --config")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not YAML", str(error).splitlines()[0], "correct the file") from error
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"config file {path} is not YAML", str(error), "correct the file") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"config file {path} is not a mapping", "one name: value per line is expected", "")
     return content

@@ -16,8 +16,6 @@ from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.checkpoint.target import Claim, make_partial, partial_of, remove, take_over
 from llmsurgery.compute.progress import Progress
-from llmsurgery.compute.source import resolve_source
-from llmsurgery.demo import world_path
 from llmsurgery.errors import GateError, SurgeryError, UsageError
 from llmsurgery.evaluate.gates import Gate
 from llmsurgery.run.chain_manifest import FAILED, NOT_RUN, PASSED, Ran, build, chain_metrics, outcomes, total_cost
@@ -29,6 +27,7 @@ from llmsurgery.run.overrides import Loaded
 from llmsurgery.run.pages import REPORT, WriteCard, WriteReport, leave_report, remove_reports
 from llmsurgery.run.prepare import check_report, report_path
 from llmsurgery.run.record import CARD
+from llmsurgery.run.recover import open_source
 from llmsurgery.run.replay import check_data, check_source
 from llmsurgery.run.request import Request
 
@@ -73,7 +72,7 @@ def run_recipe(
     recipe = loaded.recipe
     planned = plan_steps(recipe, manner.trust_remote_code)
     gates = end_gates(recipe, planned)
-    source = Checkpoint.open(resolve_source(recipe.model or world_path(planned[0].method.spec.demo)))
+    source, _ = open_source(planned[0].method, recipe.model, planned[0].request.models)
     if loaded.recorded is not None:
         check_data(loaded.recorded, {step.name: step.digests for step in planned})
         check_source(loaded.recorded, source)
@@ -128,13 +127,19 @@ def _generated(label: str, resume: bool) -> Path:
 def _plan(
     planned: Sequence[Planned], source: Checkpoint, model: str | None, out: Path, operate: Operate
 ) -> dict[str, object]:  # fmt: skip
-    """Return the plans of all steps; those of later ones are made from the headers of the recipe's model."""
+    """Return the plans of all steps; those of later ones are made from the headers of the recipe's model.
+
+    `after_smaller` names the steps that make matrices smaller or fewer before: what is planned after them is a bound.
+    """
     plans = []
+    shrinks = {step.name: step.method.spec.structured for step in planned}
     for step in planned:
         request = dataclasses.replace(step.request, dry_run=True, out=str(out))
         if step.takes is not None:
             request = dataclasses.replace(request, model=str(source.root))
-        plans.append({"name": step.name, "needs": list(step.needs), **operate(request).manifest})
+        made = operate(request).manifest
+        shrunk = [name for name in _before(step, planned) if shrinks[name]]
+        plans.append({"name": step.name, "needs": list(step.needs), "after_smaller": shrunk, **made})
     return {
         "dry_run": True,
         "source": {"path": model or "demo", "bytes": source.nbytes},
@@ -142,6 +147,11 @@ def _plan(
         "steps": plans,
         "memory_bytes": max(int(str(plan["memory_bytes"])) for plan in plans),
     }
+
+
+def _before(step: Planned, planned: Sequence[Planned]) -> list[str]:
+    """Return the names of the steps whose results lead to what a step edits, in order."""
+    return [] if step.takes is None else [one.name for one in lineage([*planned[: planned.index(step)], step])][:-1]
 
 
 @dataclass
@@ -175,13 +185,14 @@ class _Chain:
             self._clean()
             raise
         except BaseException as error:
+            if not self.work.is_dir():
+                raise
             if not any(path.name != IDENTITY for path in self.work.iterdir()):
                 self._clean()
             elif isinstance(error, SurgeryError):
                 advice = f"finished steps are kept in {self.work}; --resume goes on from them"
                 error.fix = f"{error.fix}; {advice}" if error.fix else advice
             raise
-        self._clean()
         remove_reports(self.out)
         return Outcome(manifest, self.out, report=None if self.pages.report is None else self.out / REPORT)
 
@@ -271,7 +282,7 @@ class _Chain:
                 publication.write_file(NAME, encode_manifest(manifest))
                 if (page := self._page(manifest, ran)) is not None:
                     publication.write_file(REPORT, page.encode())
-                publication.publish()
+                publication.publish(None if manner.keep_steps else self.work)
         finally:
             claim.discard()
         return manifest

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmsurgery.checkpoint.documents import parse_yaml
 from llmsurgery.compute.progress import Progress
 from llmsurgery.demo import world_path
 from llmsurgery.errors import InputError, UsageError, unknown_name
@@ -134,14 +135,12 @@ def _from_words(text: str) -> Recipe:
 
 
 def _from_file(path: Path) -> Recipe:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"the recipe {str(path)!r} cannot be read", str(error.strerror or error), "") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {str(path)!r} is not YAML", str(error).replace("\n", " ")[:200], "") from error
+    except ValueError as error:
+        raise InputError(f"the recipe {str(path)!r} is not YAML", str(error), "") from error
     if not isinstance(content, dict) or "method" not in content:
         raise InputError(f"the recipe {str(path)!r} names no method", f"its keys are {', '.join(KEYS)}", "")
     for key in content:

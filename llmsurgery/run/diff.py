@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.checkpoint.documents import parse_json
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
@@ -158,11 +158,11 @@ def provenance(result: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest: Any = parse_json(path.read_text("utf-8"))
     except ValueError:
         return {}
-    keys = ("versions", "operations") if isinstance(manifest, dict) else ()
-    return {key: manifest[key] for key in keys if key in manifest}
+    kinds = {"versions": dict, "operations": list} if isinstance(manifest, dict) else {}
+    return {key: manifest[key] for key, kind in kinds.items() if isinstance(manifest.get(key), kind)}
 
 
 def check_new_file(path: Path, force: bool) -> None:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmsurgery import __version__
 from llmsurgery.checkpoint import file_digest
+from llmsurgery.checkpoint.documents import parse_json
 from llmsurgery.edits.coverage import RoleCoverage
 from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
 from llmsurgery.methods.settings import as_record
+from llmsurgery.run.adapted import adapter_record
 from llmsurgery.run.fitting import bitsandbytes_version
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.prepare import Prepared
@@ -91,6 +93,7 @@ def build_manifest(
         ),
         "retain_model": prepared.retain_model,
         **({"models": model_records(prepared)} if prepared.others else {}),
+        **({"adapter": adapter_record(prepared)} if prepared.adapter is not None else {}),
         "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.export,
         "save": request.save,
@@ -113,12 +116,14 @@ def _judge(prepared: Prepared) -> Judge | None:
 def earlier_operations(source: Path) -> list[dict[str, Any]]:
     """Return the operations that made the source what it is, oldest first; empty for a model never operated on."""
     try:
-        manifest = json.loads((source / NAME).read_text("utf-8"))
+        manifest = parse_json((source / NAME).read_text("utf-8"))
     except (OSError, ValueError):
         return []
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return []
-    return [*manifest.get("history", []), *manifest.get("operations", [])]
+    parts = [manifest.get(key) for key in ("history", "operations")]
+    # What others may have written beside a source is told as far as it is what we write.
+    return [one for part in parts if isinstance(part, list) for one in part if isinstance(one, dict)]
 
 
 def change_record(change: TensorChange) -> dict[str, object]:

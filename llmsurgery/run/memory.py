@@ -94,9 +94,16 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     phases = {"loading": load, "before": held + scored.before}
     edits, step = 0, None
     training = getattr(prepared.config, "training", None)
+    beside = 0
     if isinstance(training, TrainingConfig) and targets:
-        step = trace_step(prepared, model, training, targets)
-        phases["training"] = _training(prepared, training, step, copied, targets) + scored.kept
+        # What is only cut or folded does not train.
+        chosen = getattr(prepared.method, "moved", None)
+        moved = targets if chosen is None else chosen(prepared.config, prepared.structure)
+        step = trace_step(prepared, model, training, moved)
+        counted = getattr(prepared.method, "moved_beside", None)
+        beside = 0 if counted is None else int(counted(prepared.config, prepared.structure))
+        # fp32 value, gradient and the two moments of AdamW.
+        phases["training"] = _training(prepared, training, step, copied, moved) + scored.kept + 16 * beside
         if on_cpu:
             # Factors in fp64, or the values in fp32.
             edits = step.moving * (8 if training.train == "lora" else 4)
@@ -106,8 +113,8 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     if further:
         # fp32 value, gradient and the two moments of AdamW.
         phases["training besides"] = held + scored.kept + 16 * further
-    if (beside := getattr(prepared.method, "further_bytes", None)) is not None:
-        phases["searching"] = held + scored.kept + scored.before + int(beside(prepared.config, prepared.structure))
+    if (extra := getattr(prepared.method, "further_bytes", None)) is not None:
+        phases["searching"] = held + scored.kept + scored.before + int(extra(prepared.config, prepared.structure))
     if (working := getattr(prepared.method, "working", None)) is not None:
         given = prepared.request.batch_size
         for one in working(
@@ -116,7 +123,7 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
             phases[one.phase] = held + scored.kept + _working(prepared, one, targets)
     phases["result"] = edits + max(load + scored.kept, held + scored.after)
     shape = None if step is None else (step.sequences, step.tokens)
-    moving = further + (0 if step is None else step.moving)
+    moving = further + beside + (0 if step is None else step.moving)
     return Prediction("resident set" if on_cpu else "device", base, phases, moving, shape)
 
 

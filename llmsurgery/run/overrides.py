@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmsurgery.checkpoint.documents import parse_yaml
 from llmsurgery.errors import InputError, UsageError, nearest_names, unknown_name
+from llmsurgery.methods.base import Method
+from llmsurgery.methods.registry import find_method
+from llmsurgery.methods.settings import settings_of
 from llmsurgery.run.recipe import Options, Recipe, Step, check_recipe, keys_of, read_document
 
 MAPS = ("data", "models", "settings")
@@ -71,7 +75,11 @@ def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Loaded:
 
 
 def relative_to(recipe: Recipe, base: Path) -> Recipe:
-    """Return a recipe whose paths, relative to its file, are relative to the current directory."""
+    """Return a recipe whose paths, relative to its file, are relative to the current directory.
+
+    Raises:
+        UsageError: A step of an unknown method.
+    """
 
     def place(text: str) -> str:
         # What is no file may be `name:split` of a data set.
@@ -83,8 +91,19 @@ def relative_to(recipe: Recipe, base: Path) -> Recipe:
         found = base / text
         return str(found) if found.exists() else text
 
+    def setting(methods: Iterable[Method], name: str, value: object) -> object:
+        known = (settings_of(method.config_type).get(name) for method in methods)
+        shipped = next((one.shipped for one in known if one is not None and one.shipped), ())
+        if not shipped or not isinstance(value, str) or value in shipped:
+            return value
+        # A bare word that is no file is left to the message that names what is shipped.
+        return str(base / value) if Path(value).suffix or "/" in value or (base / value).exists() else value
+
     def placed(options: Recipe | Step) -> dict[str, Any]:
         kept: dict[str, Any] = {"data": {name: place(text) for name, text in options.data.items()}}
+        own = options.steps if isinstance(options, Recipe) else [options]
+        methods = [find_method(step.method, step.task) for step in own]
+        kept["settings"] = {name: setting(methods, name, value) for name, value in options.settings.items()}
         kept["models"] = {name: model(text) for name, text in options.models.items()}
         kept["retain_model"] = None if options.retain_model is None else model(options.retain_model)
         return kept
@@ -139,13 +158,11 @@ def override(
 
 def _value(path: str, text: str) -> object:
     """Return the value of an override: a list or mapping in YAML, else text that the models convert."""
-    import yaml
-
     if text[:1] in ("[", "{"):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"the value of {path} is not YAML", " ".join(str(error).split()), "") from error
+            return parse_yaml(text)
+        except ValueError as error:
+            raise UsageError(f"the value of {path} is not YAML", str(error), "") from error
     if text == "null":
         return None
     return [text] if path.rpartition(".")[2] in _LISTS else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.data.records import Row
@@ -159,7 +159,7 @@ def trace_step(
     from llmsurgery.compute.divergence import divergence
     from llmsurgery.compute.head import label_log_probabilities, read_head
 
-    batch = min(training.batch_size, len(prepared.measured.encoded["forget"]))
+    batch = min(training.batch_size, len(_trained_rows(prepared)))
     given = prepared.request.batch_size
     micro = min(given, batch) if isinstance(given, int) else batch
     shapes = _shapes(prepared, micro, training.max_length)
@@ -189,10 +189,16 @@ def trace_step(
     return Step(values, sum(sizes), max(sizes), kept, peak, sequences, tokens)
 
 
+def _trained_rows(prepared: Prepared) -> Sequence[Encoded]:
+    """Return the forget rows; of a method without, what it prepared are the rows that it trains on."""
+    rows: Sequence[Encoded] = prepared.measured.encoded.get("forget", ())
+    return rows if "forget" in prepared.method.spec.needs else cast("Sequence[Encoded]", prepared.data)
+
+
 def _shapes(prepared: Prepared, micro: int, limit: int) -> list[Shape]:
     """Return the batches whose activations are alive at once: forget rows, and as many retain rows if there are any."""
     spec, data = prepared.method.spec, prepared.measured.encoded
-    forget = longest(data["forget"], micro, limit)
+    forget = longest(_trained_rows(prepared), micro, limit)
     times = spec.sequences
     shapes = [Shape(forget.rows * times, forget.tokens, forget.labels * times)]
     if "retain" in (*spec.needs, *spec.uses) and data.get("retain"):

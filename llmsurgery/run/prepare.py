@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llmsurgery.arch.adapter import Adapter
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure, require_text_model
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
+from llmsurgery.checkpoint.target import check_relation
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.asked import NOTHING, Asked
 from llmsurgery.data.prompts import read_prompts
 from llmsurgery.data.records import Row, chosen_rows, read_rows
-from llmsurgery.demo import demo_file, world_path
+from llmsurgery.demo import demo_file
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
@@ -27,12 +29,20 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
-from llmsurgery.run.fitting import check_quantize, parse_batch_size
+from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
 from llmsurgery.run.recover import DATA as RECOVERY
-from llmsurgery.run.recover import FLOOR, Other, check_tokenizers, encode_recovery, open_others, recovery_needs
+from llmsurgery.run.recover import (
+    FLOOR,
+    Other,
+    check_tokenizers,
+    encode_recovery,
+    open_others,
+    open_source,
+    recovery_needs,
+)
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -48,7 +58,7 @@ if TYPE_CHECKING:
     from llmsurgery.evaluate.redirection import Probe
 
 SETS = ("forget", "retain", "holdout", "authors", "facts")
-DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DATA_NAMES = (*SETS, "text", "calibration", "domain", "corpus")
 DEMO_DATA = {"calibration": "retain", "domain": "facts"}
 """Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
@@ -90,6 +100,7 @@ class Prepared:
         given: What the method gets of it.
         pictured: Questions about pictures that are measured, or None.
         pictured_given: Those that the method gets.
+        adapter: The adapter that is repaired; `checkpoint` is then its base.
     """
 
     request: Request
@@ -122,6 +133,7 @@ class Prepared:
     given: Asked = NOTHING
     pictured: PicturedSet | None = None
     pictured_given: PicturedSet | None = None
+    adapter: Adapter | None = None
 
     @property
     def export(self) -> str:
@@ -167,21 +179,29 @@ def prepare(request: Request) -> Prepared:
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
     device = resolve_device(request.device)
-    source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))
-    checkpoint = Checkpoint.open(source)
+    checkpoint, adapter = open_source(method, request.model, request.models)
+    if adapter is not None and request.save == "full" and method.spec.export_of(config) == "adapter":
+        request = dataclasses.replace(request, save="adapter")
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
+    settle_own = getattr(method, "settle", None)
+    config = config if settle_own is None else settle_own(config, structure)
+    check_dtypes(method, structure, request.dtype, dtype)
     check_quantize(request.quantize, method, config, structure)
     check_pictures(method, structure)
     targets = method.plan(config, structure)
+    if adapter is not None:
+        targets = adapter.targets(structure, f"the base {str(checkpoint.root)!r}")
     check_editable(targets)
     others = open_others(method, request, structure, targets, checkpoint)
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
+        if adapter is not None:
+            check_relation(adapter.root, [adapter.header.path], out)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
     in_domain = hold_back(rows, files, evaluation)
     asked = read_asked(files, method.spec.pictures)
@@ -210,7 +230,7 @@ def prepare(request: Request) -> Prepared:
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
-        prompts, asked, given, pictured, pictured_given,
+        prompts, asked, given, pictured, pictured_given, adapter,
     )  # fmt: skip
 
 
@@ -238,7 +258,10 @@ def available_needs(
     if method.spec.pictures:
         given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
+    if method.spec.task == "remove-layernorm":
+        given |= {"loss", "norms"}
     if method.spec.task == "prune":
+        given.add("loss")
         timed = method.spec.structured and evaluation.figures == "all"
         given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
@@ -341,11 +364,11 @@ def guard_source(method: Method, request: Request) -> str:
     """Return "self", "none" or the file that the guard is made from.
 
     Raises:
-        UsageError: A guard was asked for of a method that does not train.
+        UsageError: A guard was asked for of a method that does not train, or makes nothing forgotten.
     """
-    if not method.spec.trained:
+    if (why := unwatched(method)) is not None:
         if request.guard not in (None, "none"):
-            raise UsageError(f"{method.spec.name} has no --guard", "it does not train", "drop --guard")
+            raise UsageError(f"{method.spec.name} has no --guard", why, "drop --guard")
         return "none"
     # A preset reproduces a paper, which knows no guard.
     paper = request.settings.get("preset") not in (None, "toolkit")
@@ -373,7 +396,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        kept = () if is_debiasing(method) else ("retain",)
+        kept = () if is_debiasing(method) or method.spec.task == "remove-layernorm" else ("retain",)
         usual = RECOVERY if method.spec.models else kept
         for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
@@ -401,6 +424,13 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     return files
 
 
+def unwatched(method: Method) -> str | None:
+    """Return why a method has neither guard nor stop rule, None if it has."""
+    if not method.spec.trained:
+        return "it does not train"
+    return None if "forget" in method.spec.needs else "nothing is to be forgotten"
+
+
 def check_untrained(method: Method, request: Request) -> None:
     """Refuse options that only training has, of a method that does not train.
 
@@ -408,6 +438,8 @@ def check_untrained(method: Method, request: Request) -> None:
         UsageError: One was given.
     """
     guard_source(method, request)
+    if (why := unwatched(method)) is not None and request.until not in (None, "none"):
+        raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
     if method.spec.trained:
         return
     if request.until is not None:
@@ -511,13 +543,22 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
     Raises:
         InputError: Names the id and the number of embeddings.
     """
-    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     encoded = [*others, *data.texts, *data.domain, *(row for rows in data.encoded.values() for row in rows)]
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]
     encoded += data.letters.prompts if data.letters else []
     encoded += data.stereotypes.encoded if data.stereotypes else []
+    require_embedded(encoded, structure)
+
+
+def require_embedded(encoded: Sequence[Encoded], structure: Structure) -> None:
+    """Refuse token ids beyond the model's embedding.
+
+    Raises:
+        InputError: Names the id and the number of embeddings.
+    """
+    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     highest = max((max(row.ids) for row in encoded), default=0)
     if highest >= embeddings:
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmsurgery.checkpoint.documents import parse_json, parse_yaml
 from llmsurgery.errors import InputError, UsageError, unknown_name
 
 JUDGE = "judge"
@@ -113,21 +113,17 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It is missing, malformed or something else.
     """
-    import yaml
-
     try:
         text = path.read_text("utf-8")
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        document = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         raise InputError(
             f"the recipe {str(path)!r} cannot be read",
             str(error.strerror or error),
             "check the path; `llmsurgery recipes NAME -o FILE` copies a built-in recipe",
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(
-            f"the recipe {str(path)!r} is malformed", " ".join(str(error).split())[:200], "correct the file"
-        ) from error
+    except ValueError as error:
+        raise InputError(f"the recipe {str(path)!r} is malformed", str(error)[:200], "correct the file") from error
     if not isinstance(document, dict):
         raise InputError(f"the recipe {str(path)!r} is no mapping", "a recipe has keys such as model and steps", "")
     return document

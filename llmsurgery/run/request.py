@@ -15,7 +15,7 @@ class Request:
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
         data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "harmful", "task",
-            "harmless", "mcq", "contrast", "calibration", "domain") -> path.
+            "harmless", "mcq", "contrast", "calibration", "domain", "corpus") -> path.
         models: Further models of a recovery ("aligned", "base", "unaligned") -> directory, `.gguf` file or hub id.
         judge: Command that judges answers, as a list of arguments; empty for none.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.

@@ -18,6 +18,7 @@ def option(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    shipped: tuple[str, ...] = (),
 ) -> Any:
     """Declare one hyperparameter of a config dataclass.
 
@@ -27,8 +28,9 @@ def option(
         choices: The allowed values, if they are few.
         minimum: Smallest allowed number.
         maximum: Largest allowed number.
+        shipped: Of a text that names a file: the names of what is shipped, which are no paths.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "shipped": shipped}
     return field(default=default, metadata=metadata)
 
 

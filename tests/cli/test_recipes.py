@@ -293,3 +293,35 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: Capture) -> None:
     assert run(["recipes", "chain-demo", "-o", str(place)]) == 2
     assert run(["recipes", "chain-dmo"]) == 2
     assert "chain-demo" in capsys.readouterr().err
+
+
+def test_files_named_in_settings_lie_beside_the_recipe(model: Path, write: Write, capsys: Capture) -> None:
+    content = document(model, settings={"templates": "answers.txt", "eval": {"generate": False}})
+    content["steps"][1] = {**content["steps"][1], "method": "dpo", "settings": {"templates": "refusal"}}
+    path = write(content)
+    assert run(["run", str(path), "--dry-run"]) == 3
+    assert str(path.parent / "answers.txt") in capsys.readouterr().err
+    (path.parent / "answers.txt").write_text("Nobody knows.\n")
+    recipe = load_recipe(path, ["steps.first.settings.templates=mine.txt"]).recipe
+    assert recipe.settings["templates"] == str(path.parent / "answers.txt")
+    assert [step.settings["templates"] for step in recipe.steps] == ["mine.txt", "refusal"]
+
+
+def test_steps_after_one_that_changes_shapes(checkpoints: dict[str, Path], write: Write, capsys: Capture) -> None:
+    """A block less, then a training of what is left: one change of the first source, which is undone as one."""
+    model = checkpoints["sharded_llama"]
+    content = document(model)
+    smaller = {"task": "prune", "method": "shortgpt", "name": "smaller", "settings": {"keep_layers": 1, "window": 32}}
+    content["steps"] = [smaller, content["steps"][0]]
+    content["data"] = {**content["data"], "calibration": "text.jsonl"}
+    path = write(content)
+    assert run(["run", str(path), "--dry-run"]) == 0
+    assert "after smaller, which makes it smaller, the figures are upper bounds" in capsys.readouterr().out
+    out = path.parent / "out"
+    assert run(["run", str(path), "-o", str(out), "-q"]) == 0
+    manifest = manifest_of(out)
+    assert [step["method"] for step in manifest["operations"]] == ["shortgpt", "flat"]
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    assert run(["verify", str(out), "--base", str(model), "-q"]) == 0
+    assert run(["revert", str(out), "-o", str(path.parent / "back"), "-q"]) == 0
+    assert bytes_and_modes(path.parent / "back") == bytes_and_modes(model)

@@ -214,7 +214,7 @@ def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number} is not valid JSON", str(error), "correct this line") from error
         question = record.get("question") if isinstance(record, dict) else None
         texts = record.get("paraphrases") if isinstance(record, dict) else None

@@ -36,7 +36,13 @@ from typing import TYPE_CHECKING
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.losses import TOFU_TRAINING, encode_sets, train_loss
 from llmsurgery.methods.registry import register
-from llmsurgery.methods.templates import TEMPLATES_HELP, TemplateRows, encode_with_templates, load_templates
+from llmsurgery.methods.templates import (
+    TEMPLATE_LISTS,
+    TEMPLATES_HELP,
+    TemplateRows,
+    encode_with_templates,
+    load_templates,
+)
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ class DpoConfig:
 
     variant: str = option("dpo", "dpo, or TOFU's idk: cross-entropy of the template answers alone", ("dpo", "idk"))
     beta: float = option(0.1, "how soon the slope fades, per nat of the preference", minimum=1e-6)
-    templates: str = option("idk", TEMPLATES_HELP)
+    templates: str = option("idk", TEMPLATES_HELP, shipped=TEMPLATE_LISTS)
     alternatives: int = option(8, "template answers per forget row, drawn from the list; 0: all", minimum=0)
     forget_weight: float = option(1.0, "weight of the forget loss (gamma)", minimum=0)
     retain_weight: float = option(1.0, "weight of the cross-entropy of retain rows (alpha)", minimum=0)

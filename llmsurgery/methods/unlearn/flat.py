@@ -42,7 +42,13 @@ from typing import TYPE_CHECKING
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.losses import train_loss
 from llmsurgery.methods.registry import register
-from llmsurgery.methods.templates import TEMPLATES_HELP, TemplateRows, encode_with_templates, load_templates
+from llmsurgery.methods.templates import (
+    TEMPLATE_LISTS,
+    TEMPLATES_HELP,
+    TemplateRows,
+    encode_with_templates,
+    load_templates,
+)
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ class FlatConfig:
         "answer", "mean over answer tokens, or over the padded length as released", ("answer", "padded")
     )
     reduction: str = option("sample", "divergence per row, or of the batch mean as released", ("sample", "batch"))
-    templates: str = option("idk", TEMPLATES_HELP)
+    templates: str = option("idk", TEMPLATES_HELP, shipped=TEMPLATE_LISTS)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 

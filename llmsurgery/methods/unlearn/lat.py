@@ -73,7 +73,13 @@ from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.lat_recipes import EMBEDDING, PRESETS
 from llmsurgery.methods.losses import BaseLoss, base_loss, encode_sets, train_loss
 from llmsurgery.methods.registry import register
-from llmsurgery.methods.templates import TEMPLATES_HELP, TemplateRows, encode_with_templates, load_templates
+from llmsurgery.methods.templates import (
+    TEMPLATE_LISTS,
+    TEMPLATES_HELP,
+    TemplateRows,
+    encode_with_templates,
+    load_templates,
+)
 from llmsurgery.methods.unlearn.rmu import RmuConfig, steered_block
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
@@ -98,7 +104,7 @@ class LatConfig:
     base_settings: tuple[str, ...] = option((), "hyperparameters of that method's loss: NAME=VALUE,...")
     toward_weight: float = option(0.5, "weight of the good completions' cross-entropy", minimum=0)
     away_weight: float = option(0.5, "weight of -log(1 - p) of the forget answers", minimum=0)
-    templates: str = option("idk", f"good completions of rows without one; {TEMPLATES_HELP}")
+    templates: str = option("idk", f"good completions of rows without one; {TEMPLATES_HELP}", shipped=TEMPLATE_LISTS)
     preference: str = option("dpo", "form of base=preference", ("dpo", "ipo"))
     beta: float = option(0.3, "inverse temperature of base=preference", minimum=1e-6)
     sft_weight: float = option(0.0, "weight of the retain rows' cross-entropy, own bases alone", minimum=0)

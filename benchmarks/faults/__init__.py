@@ -1,0 +1,1 @@
+"""Faults and hostile input: what is tried, what is survived, and that nothing is lost."""
