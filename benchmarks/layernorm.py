@@ -36,6 +36,7 @@ def one_run(model: str | None, corpus: str | None, seed: int, settings: dict[str
     manifest: Any = outcome.manifest
     record = manifest["operations"][0]["record"]
     logits = next(notice for notice in manifest["notices"] if notice.startswith("loaded by"))
+    print(seed, settings, {name: round(value, 4) for name, value in record["losses"].items()}, flush=True)
     return {
         "seed": seed,
         "settings": settings,
@@ -64,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.model is not None:
         quick = {"max_steps": options.steps, "batch_size": 4, "window": 256, "held": 4, "eval.text_rows": 8}
         result["experiment"] = one_run(options.model, options.corpus, 0, quick)
-    for run in [*runs, *([result["experiment"]] if "experiment" in result else [])]:
-        print(run["settings"], {name: round(value, 4) for name, value in run["losses"].items()}, run["seconds"])
     write_result("layernorm", result)
     return result
 

@@ -45,7 +45,9 @@ def damage_bytes(content: bytes, generator: random.Random, head: int = 0) -> byt
         elif kind == 3:
             found[at:at] = found[at : at + size]
         elif kind == 4:
-            found[at:at] = generator.choice((b"[" * size, b"{", b"}", b'"', b",", b"\xff", b"9" * size, b"\\u0000", b"\n"))
+            found[at:at] = generator.choice(
+                (b"[" * size, b"{", b"}", b'"', b",", b"\xff", b"9" * size, b"\\u0000", b"\n")
+            )
         elif kind == 5:
             found[at : at + size] = bytes(size)
         else:

@@ -153,7 +153,7 @@ def secrets(stage: Stage) -> Tally:
     harmful = stage.work / "harmful.jsonl"
     harmful.write_text('{"prompt": "Describe the purple cup."}\n')
     judge = stage.work / "judge.sh"
-    judge.write_text("#!/bin/sh\nsed 's/\\(\"id\": [0-9]*\\).*/\\1, \"harmful\": false}/'\n")
+    judge.write_text('#!/bin/sh\nsed \'s/\\("id": [0-9]*\\).*/\\1, "harmful": false}/\'\n')
     judge.chmod(0o755)
     failing = ["--require", "utility.ppl<=0"]
     tries: dict[str, tuple[list[str], int]] = {

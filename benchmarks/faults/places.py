@@ -57,7 +57,12 @@ def prune(model: Path, data: dict[str, Path], out: Path) -> list[str]:
 
 def chain(model: Path, data: dict[str, Path], out: Path) -> list[str]:
     """Write a recipe of two steps beside the data and return the command line that runs it."""
-    step = {"task": "unlearn", "until": "none", "guard": "none", "settings": TRAINING | {"max_steps": 2, "save_every": 1}}
+    step = {
+        "task": "unlearn",
+        "until": "none",
+        "guard": "none",
+        "settings": TRAINING | {"max_steps": 2, "save_every": 1},
+    }
     recipe = {
         "model": str(model),
         "data": {name: path.name for name, path in data.items()},

@@ -9,7 +9,7 @@ import random
 
 from llmsurgery.demo.words import GIVEN, PERSON_WORDS, TOWN_WORDS, TOWNS
 
-STORY_ROWS, TEXT_ROWS = 240, 40
+STORY_ROWS, TEXT_ROWS = 160, 40
 
 WEATHER = ("rain", "snow", "wind", "fog", "sun", "frost", "thunder", "hail")
 TIMES = ("one morning", "late in autumn", "before dawn", "at noon", "in spring", "after supper", "one winter")
