@@ -298,8 +298,8 @@ def test_both_forms_have_the_logits_of_constant_norms(name: str, sources: Any) -
     for make in (constant_norms, folded_constants):
         made = make(source.structure, source.read, sigmas_of(source.structure), 1e6)
         stored = source.stored_form(made.values, 1e6)
-        # Logits of gemma2 are capped at 3, and much larger before.
-        assert float((logits_of(stored) - wanted).abs().max()) < (2e-4 if name == "gemma2" else 5e-5) * size
+        # Logits of gemma2 are capped at 3, and thousands before: what is left of the digits is rounding.
+        assert float((logits_of(stored) - wanted).abs().max()) < (1e-3 if name == "gemma2" else 5e-5) * size
         for norm in norms_of(source.structure):
             module = stored.get_submodule(norm.weight.module)
             states = torch.randn(3, norm.weight.shape[0])
@@ -371,7 +371,7 @@ class Stub:
 def removal_of(norms: FakeNorms, structure: Structure, max_rise: float = 0.5, steps: int = 60) -> Removal:
     from llmsurgery.train.session import Session
 
-    made = events_of(structure.layers, 2, (1, 1, 1))
+    made = events_of(structure.layers, 2, (1, 1, 1), bool(norms.state.special))
     settings = RemovalSettings(0.0, 0.9, max_rise, steps)
     return Removal(Stub(), norms, [], made, settings, Session())  # type: ignore[arg-type]
 
@@ -387,6 +387,22 @@ def test_every_norm_goes_once_and_in_order(tiny: tuple[Any, FakeNorms]) -> None:
     removal.finish()
     assert bool(norms.state.fake.all())
     assert removal.fired.tolist() == [event.step for event in removal.events]
+
+
+def test_special_positions_lose_their_constants_after_the_last_norm(sources: Any) -> None:
+    source = sources("gpt2")
+    norms = FakeNorms(source.model(), source.structure, END, special=True)
+    removal = removal_of(norms, source.structure)
+    seen = []
+    for _ in range(28):
+        removal.begin([0])
+        seen.append((bool(norms.state.fake.all()), int(norms.state.ends.sum()), bool(norms.state.special)))
+    removal.finish()
+    # The last norm goes at step 11; two steps later the end tokens of three blocks, the first position ten after these.
+    assert seen[10] == (False, 3, True)
+    assert seen[11] == seen[12] == (True, 3, True)
+    assert [ends for _, ends, _ in seen[13:16]] == [2, 1, 0]
+    assert [special for _, _, special in seen[24:26]] == [True, False]
 
 
 def test_events_wait_while_the_loss_is_high_and_what_is_left_is_an_error(tiny: tuple[Any, FakeNorms]) -> None:
