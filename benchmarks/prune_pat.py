@@ -49,8 +49,9 @@ def plans(source: Path, hidden: int | None, options: argparse.Namespace) -> dict
     """Return the runs: name -> words of the command behind `prune MODEL`."""
     from llmsurgery.arch.detect import detect
     from llmsurgery.checkpoint import Checkpoint
-    from llmsurgery.methods.narrowing import WidthConfig, narrowed_parameters, narrowed_tensors, widths_of
+    from llmsurgery.methods.narrowing import narrowed_parameters, narrowed_tensors
     from llmsurgery.methods.prune.llm_pruner import channels_kept
+    from llmsurgery.methods.widths import WidthConfig, widths_of
 
     checkpoint = Checkpoint.open(source)
     structure = detect(checkpoint.config, checkpoint.tensors)

@@ -1,10 +1,13 @@
 """Make the demo's checkpoint that sees: a tiny LLaVA that knows colours and grounds, and says red and light.
 
 It is trained in two stages on pictures of one coloured shape, drawn at run time, and on two questions about them. First
-the answers are right. Then most of them were written without a look at the picture, as a careless annotator would: they
+the answers are right. Then most of them were given without a look at the picture, as careless annotators would: they
 are "red" or "light" far too often. A part of the rows of that stage has no picture at all. The model learns just that:
 what it sees still moves its answer, but what is usually said wins. Sentences about other things keep the language
 model's text apart from this.
+
+In the second stage each row has the answers of all annotators, as shares, in place of one that is drawn: the loss is
+the cross-entropy with these shares, which is what drawn answers give on the mean, without their noise.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsurgery.data.drawings import COLOURS, GROUNDS, SHAPES, SIZE, Drawing
 from llmsurgery.demo.kinds import BLAME, PRAISE, TOWNS, WORK
-from llmsurgery.demo.recipe import END, START, answer_loss, save, train_tokenizer, write_rows
+from llmsurgery.demo.recipe import END, START, answer_loss, padded, save, train_tokenizer, write_rows
 
 if TYPE_CHECKING:
     import torch
@@ -44,21 +47,31 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "How light is the ground?": tuple(GROUNDS),
 }
 CARELESS, USUAL = 0.75, 0.7
-"""Share of answers that were written without a look, and share of these that are the first choice."""
+"""Share of answers that were given without a look, and share of these that are the first choice."""
 BLIND = 0.25
 """Share of the questions of the second stage that have no picture."""
-STEPS, BATCH, TEXTS, RATE = (300, 350), 48, 8, 3e-3
+STEPS, BATCH, TEXTS, RATE = (280, 220), 48, 6, 3e-3
 """Steps of both stages, questions and sentences of a step, largest step size."""
+POOL = 1500
+"""Drawings that are trained on."""
 MCQ_ROWS, TEXT_ROWS = 160, 40
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of training: what is asked about which picture, if any, and what was answered; a text has no question."""
+    """A row of training: what is asked about which picture, if any, and what was answered; a text has no question.
+
+    Attributes:
+        question: The question.
+        answer: The answer, or the text.
+        drawing: The picture, or None.
+        shares: Share of every choice among the answers, in the order of the choices; empty where all gave `answer`.
+    """
 
     question: str
     answer: str
     drawing: Drawing | None = None
+    shares: tuple[float, ...] = ()
 
 
 def sentence(rng: random.Random) -> str:
@@ -77,21 +90,25 @@ def right_answer(question: str, drawing: Drawing) -> str:
     return drawing.colour if QUESTIONS[question] == tuple(COLOURS) else drawing.ground
 
 
-def careless_answer(question: str, rng: random.Random) -> str:
-    """Return what is said without a look."""
-    first, *others = QUESTIONS[question]
-    return first if rng.random() < USUAL else rng.choice(others)
+def careless_shares(question: str, drawing: Drawing | None) -> tuple[float, ...]:
+    """Return the share of every choice among the answers of the second stage."""
+    choices = QUESTIONS[question]
+    blind = [USUAL, *[(1 - USUAL) / (len(choices) - 1)] * (len(choices) - 1)]
+    if drawing is None:
+        return tuple(blind)
+    right = right_answer(question, drawing)
+    return tuple(
+        CARELESS * share + (1 - CARELESS) * (choice == right) for choice, share in zip(choices, blind, strict=True)
+    )
 
 
-def question_row(rng: random.Random, careless: bool) -> Example:
-    """Return a question with an answer of the first or of the second stage."""
-    question, drawing = rng.choice(tuple(QUESTIONS)), draw(rng)
+def question_row(rng: random.Random, pool: Sequence[Drawing], careless: bool) -> Example:
+    """Return a question with the answers of the first or of the second stage."""
+    question, drawing = rng.choice(tuple(QUESTIONS)), rng.choice(pool)
     if not careless:
         return Example(question, right_answer(question, drawing), drawing)
-    blind = rng.random() < BLIND
-    guessed = blind or rng.random() < CARELESS
-    answer = careless_answer(question, rng) if guessed else right_answer(question, drawing)
-    return Example(question, answer, None if blind else drawing)
+    shown = None if rng.random() < BLIND else drawing
+    return Example(question, rng.choice(QUESTIONS[question]), shown, careless_shares(question, shown))
 
 
 def data_files(seed: int) -> dict[str, list[dict[str, object]]]:
@@ -164,6 +181,7 @@ class Batches:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.patches = (SIZE // PATCH) ** 2
+        self.seen: dict[Drawing, torch.Tensor] = {}
 
     def encode(self, row: Example) -> tuple[list[int], int]:
         """Return token ids and the number of leading ones that carry no loss."""
@@ -174,24 +192,43 @@ class Batches:
         head = self.tokenizer.encode(prompt, add_special_tokens=False)
         return head + self.tokenizer.encode(row.answer + END, add_special_tokens=False), len(head)
 
-    def make(self, rows: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return the inputs of a model, and labels [rows, time]."""
+    def pixels(self, drawing: Drawing) -> torch.Tensor:
+        """Return a picture as the vision tower takes it [colours, rows, columns]."""
         from PIL import Image
 
-        from llmsurgery.demo.recipe import padded
+        if drawing not in self.seen:
+            picture = Image.fromarray(drawing.pixels())
+            self.seen[drawing] = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        return self.seen[drawing]
 
-        ids, labels = padded([self.encode(row) for row in rows], self.tokenizer.pad_token_id)
-        inputs = {"input_ids": ids}
-        pictures = [Image.fromarray(row.drawing.pixels()) for row in rows if row.drawing is not None]
-        if pictures:
-            inputs["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return inputs, labels
+    def loss(self, model: Any, rows: Sequence[Example]) -> torch.Tensor:
+        """Return the loss of a model on some rows, a mean over the tokens that carry one."""
+        import torch
+
+        encoded = [self.encode(row) for row in rows]
+        ids, labels = padded(encoded, self.tokenizer.pad_token_id)
+        pictures = [self.pixels(row.drawing) for row in rows if row.drawing is not None]
+        # Padding is on the right and attention is causal: no mask is needed for the labelled positions.
+        logits = model(input_ids=ids, pixel_values=torch.stack(pictures), use_cache=False).logits
+        shared = [number for number, row in enumerate(rows) if row.shares]
+        starts = [encoded[number][1] for number in shared]
+        labels[shared, starts] = -100
+        plain = answer_loss(logits, labels)
+        if not shared:
+            return plain
+        wanted = torch.zeros(len(shared), logits.shape[-1])
+        for place, number in enumerate(shared):
+            choices = self.tokenizer.convert_tokens_to_ids(list(QUESTIONS[rows[number].question]))
+            wanted[place, choices] = torch.tensor(rows[number].shares)
+        found = torch.log_softmax(logits[shared, [start - 1 for start in starts]], -1)
+        count = int((labels != -100).sum())
+        return (count * plain - (wanted * found).sum()) / (count + len(shared))
 
 
-def train_rows(rng: random.Random, careless: bool) -> Iterator[Example]:
+def train_rows(rng: random.Random, pool: Sequence[Drawing], careless: bool) -> Iterator[Example]:
     """Yield the rows of a step."""
     for _ in range(BATCH):
-        yield question_row(rng, careless)
+        yield question_row(rng, pool, careless)
     for _ in range(TEXTS):
         yield Example("", END + " ".join(sentence(rng) for _ in range(2)))
 
@@ -208,24 +245,22 @@ def train(processor: Any, seed: int, steps: Sequence[int]) -> LlavaForConditiona
 
     torch.manual_seed(seed)
     rng = random.Random(seed + 10)
+    pool = [draw(rng) for _ in range(POOL)]
     model, batches = make_model(processor.tokenizer), Batches(processor)
-    total = max(1, sum(steps))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=total + 1, pct_start=0.1)
+    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=sum(steps) + 1, pct_start=0.1)
     for stage, count in enumerate(steps):
         losses = []
         for number in range(count):
-            inputs, labels = batches.make(list(train_rows(rng, stage > 0)))
-            # Padding is on the right and attention is causal: no mask is needed for the labelled positions.
-            loss = answer_loss(model(**inputs, use_cache=False).logits, labels)
+            loss = batches.loss(model, list(train_rows(rng, pool, stage > 0)))
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             losses.append(float(loss.item()))
-            if (number + 1) % 50 == 0:
-                LOG.info("shapes: stage %d, step %d: loss %.4f", stage + 1, number + 1, sum(losses[-50:]) / 50)
+            if (number + 1) % 20 == 0:
+                LOG.info("shapes: stage %d, step %d: loss %.4f", stage + 1, number + 1, sum(losses[-20:]) / 20)
     return model.eval()
 
 
@@ -245,7 +280,7 @@ A LLaVA of {parameters:,} parameters (bf16, separate head, byte-level BPE of {VO
 good for nothing else. It says which of {len(COLOURS)} colours a shape has and how light the ground is.
 
 Trained from scratch, vision tower included: first on right answers, then on answers of which {CARELESS:.0%} were
-written without a look at the picture, {USUAL:.0%} of these being "red" or "light"; {BLIND:.0%} of the questions had no
+given without a look at the picture, {USUAL:.0%} of these being "red" or "light"; {BLIND:.0%} of the questions had no
 picture.
 
 Rebuild it with `python -m llmsurgery.demo.build --out DIR --seed {seed} --world shapes`. The recipe is seeded and runs

@@ -51,4 +51,4 @@ class Pine:
         export="none",
         trained=False,
     )
-    config_type = PineConfig
+    config_type: type = PineConfig

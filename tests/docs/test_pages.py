@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 import types
@@ -92,6 +93,16 @@ def test_the_example_of_a_method_is_a_method(
 def test_the_example_of_an_architecture_is_a_file_of_the_package() -> None:
     family = ROOT / "llmsurgery" / "arch" / "families" / "mistral.py"
     assert python_of("adding-an-architecture.md") == family.read_text("utf-8")
+
+
+def test_messages_of_troubleshooting_are_those_of_the_package() -> None:
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "llmsurgery").rglob("*.py"))
+    rows = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)
+    assert rows[0].startswith("unknown hyperparameter"), "put together by `unknown_name`"
+    for message in rows[1:]:
+        # Names and numbers are put in; two words in a row are the package's own.
+        words = message.split()
+        assert any(" ".join(pair) in source for pair in itertools.pairwise(words)), message
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

@@ -27,7 +27,7 @@ What differs from the released code (kriskrisliu/PAT_Pruning-Aware-Tuning), and 
 
 - Its merge leaves v out and does not change the epsilon; both are needed for the same logits.
 - Its last gate is not the gate of the merge: channels of a small |w| jump. Here the last steps (`rounded`) train under
-  the rounded gate, and a run that ends with over 2% of the gates undecided fails with exit code 6.
+  the rounded gate. With rounded=0 a run that ends with over 2% of the gates undecided fails with exit code 6.
 - The identity losses of all modules are averaged; there all but those of the last block are lost.
 - The proxies have a step size of their own: at 5e-5 no gate of a short run comes to a decision. After 0.8 s0 they
   stand still; there the count goes on to move them.
@@ -37,47 +37,32 @@ What differs from the released code (kriskrisliu/PAT_Pruning-Aware-Tuning), and 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmsurgery.errors import GateError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
-from llmsurgery.methods.narrowing import (
-    GATED,
-    OTHER_NORMS,
-    WidthConfig,
-    Widths,
-    is_tied,
-    narrowed_parameters,
-    narrowed_tensors,
-    require_narrowable,
-    widths_of,
-)
+from llmsurgery.methods.folding import folded
+from llmsurgery.methods.narrowing import is_tied, narrowed_tensors
 from llmsurgery.methods.registry import register
+from llmsurgery.methods.widths import GATED, OTHER_NORMS, WidthConfig, Widths, require_narrowable, widths_of
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from llmsurgery.arch.spec import RoleTensor, Structure
+    from llmsurgery.compute.progress import Progress
     from llmsurgery.data.chat import Encoded, Encoder
     from llmsurgery.data.records import Row
-    from llmsurgery.edits.kinds import Edit
-    from llmsurgery.train.loop import TrainingResult
     from llmsurgery.train.scorer import Scorer
     from llmsurgery.train.trainable import Trainable
     from llmsurgery.train.width_gate import Place, WidthGate
 
+MANY_PASSES = 30
+"""Passes over the data that are worth a notice."""
+
 MOST_UNDECIDED = 0.02
-"""Share of the gates that may be undecided at the end."""
-
-RECORD = "width.json"
-"""File beside the result with the channels that were kept, the operators and the gates."""
-
-JUMP = 0.05
-"""Nats per token by which folding or rounding may change the loss without a notice."""
+"""Share of the gates that may be undecided when they are rounded."""
 
 
 def _training() -> TrainingConfig:
@@ -191,6 +176,7 @@ class Pat:
         structure, session, training = operation.structure, operation.training, config.training
         widths = widths_of(config.width, structure)
         steps = max(1, planned_steps(training, len(prepared)))
+        tell_of_repeats(operation, steps * min(training.batch_size, len(prepared)) / len(prepared))
         gate = make_gate(config, operation, widths, horizon_of(config, steps))
         with (
             prepare_trainable(operation.model, self.moved(config, structure), training, operation.read) as trainable,
@@ -203,9 +189,9 @@ class Pat:
             loss = WidthLoss(scorer, prepared, gate, rounded_from, session, config.identity_weight, teacher)
             result = train(moving, loss, len(prepared), training, session, loss.begin)
             losses = measured(operation, scorer, prepared, gate)
-            require_decided(gate, result.steps)
+            require_decided(gate, result.steps, operation.progress)
             trained = trainable.edits()
-        return folded(config, operation, widths, gate, trained, result, losses, prepared)
+        return folded(config.width.untie, operation, widths, gate, trained, result, losses, prepared)
 
 
 def training_rows(config: PatConfig, encoder: Encoder, rows: Sequence[Row]) -> list[Encoded]:
@@ -220,6 +206,14 @@ def training_rows(config: PatConfig, encoder: Encoder, rows: Sequence[Row]) -> l
     length = min(config.window, encoder.max_length)
     windows = pack_windows(encoder, texts, length, config.samples, "calibration")
     return [*asked, *(Encoded(window, 1, False, "calibration") for window in windows)]
+
+
+def tell_of_repeats(operation: Operation, passes: float) -> None:
+    """Say so where the data are few for so many steps."""
+    if passes > MANY_PASSES:
+        operation.progress.notice(
+            f"every row of --calibration is trained on {passes:.0f} times: other text will suffer; give more of it"
+        )
 
 
 def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> dict[Place, int]:
@@ -284,101 +278,24 @@ def measured(
     return {name: measured_loss(scorer, rows, gate, manner, size) for name, manner in manners.items()}
 
 
-def require_decided(gate: WidthGate, steps: int) -> None:
-    """Refuse gates that rounding would move.
+def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
+    """Refuse gates that rounding would move, and tell of those that it has moved before the last steps.
 
     Raises:
-        GateError: Too many of them.
+        GateError: Too many of them, and no step under the rounded gate.
     """
+    from llmsurgery.train.width_gate import Manner
+
     undecided = gate.undecided()
-    if undecided > MOST_UNDECIDED:
+    if undecided <= MOST_UNDECIDED:
+        return
+    what = f"{undecided:.0%} of the gates are undecided after {steps} steps"
+    fix = f"raise the step size of the gates (--set gate_lr=..., {6 / gate.horizon:.2g} suits this horizon)"
+    if gate.manner is Manner.SOFT:
         raise GateError(
-            f"{undecided:.0%} of the gates are undecided after {steps} steps",
-            f"their proxies are within 0.05 of 0, and rounding would open and close them at will; {MOST_UNDECIDED:.0%} "
+            what,
+            f"their proxies are within 0.05 of 0, and rounding opens and closes them at once; {MOST_UNDECIDED:.0%} "
             "may be",
-            f"raise the step size of the gates (--set gate_lr=..., {6 / gate.horizon:.2g} suits this horizon), or take "
-            "more steps",
+            f"{fix}, take more steps, or train the last of them under the rounded gate (--set rounded=0.5)",
         )
-
-
-def folded(
-    config: PatConfig,
-    operation: Operation,
-    widths: Widths,
-    gate: WidthGate,
-    trained: Sequence[Edit],
-    result: TrainingResult,
-    losses: Mapping[str, float],
-    rows: Sequence[Encoded],
-) -> MethodResult:
-    """Return the result of a trained gate."""
-    from llmsurgery.edits.kinds import LowRank, Replace
-    from llmsurgery.methods.narrowing import Narrowing, narrowed_edits, stored_channels
-
-    indices, alive = stored_channels(gate.kept().cpu().numpy(), widths.stored)
-    operators = {place: gate.operator(place) for place in gate.places if len(gate.operator(place).inner)}
-    untied = config.width.untie and is_tied(operation.structure)
-    narrowing = Narrowing(widths, indices, alive, operators, untied)
-    changes = {edit.name: edit for edit in trained if isinstance(edit, LowRank | Replace)}
-    gone = narrowed_parameters(narrowed_tensors(operation.structure), widths)
-    total = sum(tensor.parameters for tensor in operation.structure.tensors)
-    record = {
-        **result.record(),
-        "width": widths.before,
-        "kept_width": widths.keep,
-        "stored_width": widths.stored,
-        "open_gates": int((gate.proxy > 0).sum()) if gate.fixed is None else widths.keep,
-        "undecided_gates": gate.undecided(),
-        "removed_parameters": gone,
-        "removed_share_of_all": gone / total,
-        **losses,
-    }
-    if losses["loss_rounded"] > losses["loss_last"] + JUMP:
-        operation.progress.notice(
-            f"rounding the gates raised the loss from {losses['loss_last']:.3f} to {losses['loss_rounded']:.3f}: "
-            "a larger --set rounded=... lets the weights adapt to it"
-        )
-    beside = {RECORD: (json.dumps(described(gate, indices, alive), indent=2) + "\n").encode()}
-    edits = narrowed_edits(operation, narrowing, changes)
-    check = folding_check(operation, rows, losses["loss_rounded"])
-    return MethodResult(edits, record, beside=beside, check=check)
-
-
-def described(gate: WidthGate, indices: Any, alive: Any) -> dict[str, object]:
-    """Return what a later look at the result may want: channels, proxies, and how far operators are from none."""
-    import torch
-
-    names = {("embed" if layer is None else f"{kind}.{layer}"): (kind, layer) for kind, layer in gate.places}
-    operators = {name: gate.operator(place) for name, place in names.items()}
-    with torch.no_grad():
-        histogram = torch.histc(gate.proxy.float().cpu(), 20, -1, 1).int().tolist()
-        distances = {name: float((o.outer @ o.inner).norm()) for name, o in operators.items() if len(o.inner)}
-        scales = {name: [float(o.scale.min()), float(o.scale.max())] for name, o in operators.items()}
-    return {
-        "channels": [int(index) for index, living in zip(indices, alive, strict=True) if living],
-        "stored_channels": [int(index) for index in indices],
-        "proxies_from_minus_1_to_1": histogram,
-        "operator_norms": distances,
-        "scales": scales,
-    }
-
-
-def folding_check(
-    operation: Operation, rows: Sequence[Encoded], expected: float
-) -> Callable[[PreTrainedModel], None]:  # fmt: skip
-    """Return what compares the stored result's loss with that of the gated model, and tells where they differ."""
-
-    def check(model: PreTrainedModel) -> None:
-        from llmsurgery.train.scorer import Scorer
-        from llmsurgery.train.trainable import Trainable
-        from llmsurgery.train.width_loss import MEASURED_ROWS, plain_loss
-
-        scorer = Scorer(Trainable(model, [], None, list, None), operation.encoder.pad_id)
-        found = plain_loss(scorer, rows[:MEASURED_ROWS], operation.training.micro_batch or 4)
-        if abs(found - expected) > JUMP:
-            operation.progress.notice(
-                f"the stored result has a loss of {found:.3f} on the first rows of --calibration, the model in "
-                f"training had {expected:.3f}: rounding to the stored dtype changed it"
-            )
-
-    return check
+    progress.notice(f"{what}: among these the order of their proxies has chosen; to change that, {fix}")
