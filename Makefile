@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 METHODS := flat ga graddiff kl-min dpo npo simnpo rmu undial loku uld lat selective-amnesia neuron-adjust key-space:form=folded uoe
 
-.PHONY: demo test test-real benchmarks conformance docs format clean
+.PHONY: demo test test-real benchmarks conformance faults docs format clean
 
 # torch goes first: with it installed, nothing else asks for another build of it.
 $(READY): pyproject.toml constraints.txt
@@ -49,6 +49,11 @@ benchmarks: $(READY) .real/model.gguf
 # Every method on every architecture; `make test` takes a part of it.
 conformance: $(READY)
 	LLMSURGERY_CONFORMANCE=all $(BIN)/python -m benchmarks.conformance
+	$(BIN)/python -m benchmarks.table
+
+# Kills, full disks, damaged and hostile files; `make test` takes a tenth of it. Full disks need root.
+faults: $(READY)
+	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.table
 
 # The pages of the methods and the README's table, from their docstrings and configs; then the site, without a broken link.

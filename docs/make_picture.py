@@ -2,8 +2,9 @@
 
 python docs/make_picture.py
 
-The run happens in a folder that is removed. Seconds and memory are those of the machine that ran it; everything else
-is the same from run to run on one machine. The picture names no font and no address to load one from.
+The run happens in a folder that is removed. The line with seconds and memory is left out, since it says something of
+the machine alone; the rest is the same from run to run on one machine. The picture names no font and no address to load
+one from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +28,15 @@ WIDTH = 118
 """Columns of the terminal."""
 
 
+class Screen(Console):
+    """A terminal that takes everything down but the line with seconds and memory."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, unless it is that line."""
+        if not re.match(r"[0-9.]+ s, peak memory", str(objects[0])):
+            super().print(*objects, **options)
+
+
 def draw(words: tuple[str, ...]) -> str:
     """Run a command and return what it prints as an SVG picture.
 
@@ -35,7 +46,7 @@ def draw(words: tuple[str, ...]) -> str:
     Raises:
         SystemExit: The command failed.
     """
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
+    console = Screen(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
     console.print(f"$ llmsurgery {' '.join(words)}", markup=False)
     # One console takes everything down; the notes on standard error follow, as in a terminal.
     output.Output._console = lambda self, stderr=False: console  # type: ignore[method-assign]

@@ -7,9 +7,15 @@ def main() -> None:
     """Run the command line and exit with its code."""
     import sys
 
-    from llmsurgery.cli.app import run
+    try:
+        from llmsurgery.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        # While modules were imported, or for a second time while the first was answered.
+        sys.stderr.write("error: interrupted\n")
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from llmsurgery.errors import UsageError
+from llmsurgery.errors import GateError, UsageError
 from llmsurgery.run.request import EvaluationRequest, Request
 
 if TYPE_CHECKING:
@@ -495,6 +495,7 @@ def evaluate_checkpoints(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | str | None = None,
+    report: File | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -533,6 +534,7 @@ def evaluate_checkpoints(
         device: As for `unlearn`.
         dtype: As for `unlearn`.
         batch_size: Rows per forward; "auto" halves them when memory runs out.
+        report: HTML file for a page of the figures, written when a gate fails, too.
         trust_remote_code: Run model code that a checkpoint brings.
         progress: Told of long work.
 
@@ -571,7 +573,7 @@ def evaluate_checkpoints(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    return evaluate_models(request, progress or Silent())
+    return _with_page(report, lambda: evaluate_models(request, progress or Silent()))
 
 
 def evaluate_logs(
@@ -581,6 +583,7 @@ def evaluate_logs(
     log: File | None = None,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
+    report: File | None = None,
 ) -> dict[str, object]:
     """Recompute figures from published TOFU logs, or from logs of `evaluate_checkpoints`, without a model.
 
@@ -590,6 +593,7 @@ def evaluate_logs(
         log: File to write the numbers per row to, in open-unlearning's layout.
         settings: Evaluation settings by name; `protocol` matters most.
         require: Gates that every log must pass.
+        report: As for `evaluate_checkpoints`.
 
     Returns:
         As for `evaluate_checkpoints`.
@@ -599,15 +603,31 @@ def evaluate_logs(
     """
     from llmsurgery.run.from_log import evaluate_logs as recompute
 
-    return recompute(
-        EvaluationRequest(
-            logs=tuple(fspath(path) for path in logs),
-            retain_log=None if retain_log is None else fspath(retain_log),
-            log=None if log is None else fspath(log),
-            settings=dict(settings or {}),
-            require=tuple(require),
-        )
+    request = EvaluationRequest(
+        logs=tuple(fspath(path) for path in logs),
+        retain_log=None if retain_log is None else fspath(retain_log),
+        log=None if log is None else fspath(log),
+        settings=dict(settings or {}),
+        require=tuple(require),
     )
+    return _with_page(report, lambda: recompute(request))
+
+
+def _with_page(report: File | None, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Measure, and write a page of it where one is asked for, that of a failed gate included."""
+    from llmsurgery.report.tables_page import check_page, measurement_page, write_page
+
+    if report is None:
+        return measure()
+    check_page(fspath(report))
+    try:
+        document = measure()
+    except GateError as error:
+        if error.report is not None:
+            write_page(fspath(report), measurement_page(error.report))
+        raise
+    write_page(fspath(report), measurement_page(document))
+    return document
 
 
 def inspect_checkpoint(model: File) -> dict[str, object]:
@@ -1097,6 +1117,7 @@ def compare(
     dtype: str = "auto",
     batch_size: int | str | None = None,
     force: bool = False,
+    report: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -1120,6 +1141,7 @@ def compare(
         dtype: As for operations.
         batch_size: Rows per forward; "auto" halves them when memory runs out.
         force: Replace an existing output.
+        report: Leave `report.html`, a page for people, in the output as well.
         trust_remote_code: Run model code that the checkpoint brings.
         progress: Told of every run.
 
@@ -1155,4 +1177,5 @@ def compare(
         keep,
         progress or Silent(),
         None if unseen is None else fspath(unseen),
+        report,
     )

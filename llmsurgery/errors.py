@@ -7,6 +7,7 @@ class's exit code; a user of the Python API catches `SurgeryError` or one of its
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,10 +39,16 @@ class SurgeryError(Exception):
 
 
 _LONGEST = 2000
+# User and password of an address (a path has lost one of its slashes), and a token of the hub.
+_SECRET = re.compile(r"\b([a-z]{2,}:/{1,2})[^/@\s'\"]+(?=@)|\bhf_[A-Za-z0-9]{16,}")
 
 
 def _printable(text: str) -> str:
-    """Return a part of a message as a terminal and JSON can take it: files of others may have put anything into it."""
+    """Return a part of a message as terminals, logs and JSON can take it: it may quote what others have written.
+
+    Passwords in addresses and tokens are left out.
+    """
+    text = _SECRET.sub(r"\1***", text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     if text.isprintable():

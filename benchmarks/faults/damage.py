@@ -16,8 +16,9 @@ VALUES: tuple[Any, ...] = (
 """What a value of a JSON file is replaced by."""
 
 FILES = (
-    "", ".", "..", "./", "../outside.safetensors", "a/../../outside.safetensors", "/etc/passwd", "//etc/passwd", "C:\\x",
-    "..\\outside.safetensors", "\0", "x\0y", "\ud800", "x" * 300, "x/" * 200 + "y", "config.json", "assets", "none/here",
+    "", ".", "..", "./", "../outside.safetensors", "a/../../outside.safetensors", "/etc/passwd", "//etc/passwd",
+    "C:\\x", "..\\outside.safetensors", "\0", "x\0y", "\ud800", "x" * 300, "x/" * 200 + "y", "config.json", "assets",
+    "none/here",
     "model.safetensors.index.json", "~/x", "$HOME/x", "%2e%2e/outside.safetensors", "folder", "pipe", " ",
 )  # fmt: skip
 """Names that an index gives a shard."""

@@ -24,7 +24,7 @@ TEMPLATES = {
     "a list of 800 GB": "{{ ([0] * 10**11)|length }}" + _TURNS,
     "padding": "{{ '%999999999999d'|format(1) }}" + _TURNS,
     "fifty megabytes": "{{ 'x' * (5 * 10**7) }}" + _TURNS,
-    "a tower of powers": "{{ 9 ** 9 ** 9 }}" + _TURNS,
+    "a tower of powers": "{{ 9 ** (9 ** 9) }}" + _TURNS,
     "a division by zero": "{{ 1 // 0 }}" + _TURNS,
     "a macro without an end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + _TURNS,
     "attributes of Python": "{{ ''.__class__.__mro__[1].__subclasses__() }}" + _TURNS,
@@ -168,13 +168,11 @@ def secrets(stage: Stage) -> Tally:
         ),
         "address of data": (prune(stage.model, {"text": Path(f"{address}/x.jsonl")}, stage.out()), 3),
         "argument of a judge": (
-            [*unlearn(stage.model, stage.data, stage.out()), "--harmful", str(harmful)]
-            + ["--judge", str(judge), "--judge", f"--key={SECRET}"],
-            0,
+            ["eval", str(stage.model), "--harmful", str(harmful), "--judge", f"{judge} --key={SECRET}", "--json"], 0,
         ),
     }  # fmt: skip
     for name, (words, expected) in tries.items():
-        out = Path(words[words.index("-o") + 1])
+        out = Path(words[words.index("-o") + 1]) if "-o" in words else stage.out()
         code = run_forked(words, stage.log, keep)
         problems = [] if code == expected else [f"exit code {code}: {stage.message()}"]
         written = [path for path in out.parent.rglob("*") if path.is_file()] if out.parent.exists() else []

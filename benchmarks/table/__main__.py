@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.table.chains import recipe_smollm2
 from benchmarks.table.cost import covariance, flat_step, memory, startup, unlearning
+from benchmarks.table.faults import faults
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
@@ -45,6 +46,7 @@ SECTIONS = {
     "unlearn_smollm2_strong": unlearn_smollm2,
     "guard_demo": guard,
     "patches": patches,
+    "faults": faults,
     "kill_resume": kill_resume,
     "conformance": conformance,
     "compare_demo": comparison,

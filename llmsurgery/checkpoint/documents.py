@@ -30,21 +30,21 @@ def parse_yaml(text: str) -> object:
 
     if len(text) > MAX_YAML:
         raise ValueError(f"it has {len(text)} characters, at most {MAX_YAML} are read")
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_values(node, {}, 0)
-        value: object = loader.construct_document(node)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                _count_values(node, {}, 0)
+            value: object = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
     # Besides ValueError, what the constructors of dates, numbers and keys raise.
     except (RecursionError, OverflowError, TypeError, LookupError, AttributeError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ValueError(reason or type(error).__name__) from error
-    finally:
-        loader.dispose()
     return value
 
 

@@ -43,6 +43,7 @@ def compare(
     retain_model: options.RetainModel = None,
     out: options.Out = None,
     keep: Keep = False,
+    report: options.Report = False,
     summary: options.Summary = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -81,6 +82,7 @@ def compare(
             dtype=dtype,
             batch_size=batch_size,
             force=force,
+            report=report,
             trust_remote_code=trust_remote_code,
             progress=output,
         )

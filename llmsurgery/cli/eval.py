@@ -37,6 +37,7 @@ def evaluate(
     suite_dir: options.SuiteDir = None,
     assignments: options.Assignments = None,
     require: options.Require = None,
+    report: options.ReportFile = None,
     summary: options.Summary = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -66,7 +67,9 @@ def evaluate(
             given += ["--position-invariant"] * position_invariant
             given += ["--judge"] * bool(arguments)
             _refuse_beside_log([*(models or []), *given])
-            document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
+            document = api.evaluate_logs(
+                from_log, retain_log=retain_log, log=log, settings=settings, require=gates, report=report
+            )
         else:
             document = api.evaluate_checkpoints(
                 models or [],
@@ -85,6 +88,7 @@ def evaluate(
                 device=device,
                 dtype=dtype,
                 batch_size=batch_size,
+                report=report,
                 trust_remote_code=trust_remote_code,
                 progress=output,
             )

@@ -141,6 +141,7 @@ PatchOut = Annotated[str | None, typer.Option("-o", "--out", help="write a patch
 KeepPartial = Annotated[bool, typer.Option("--keep-partial", help="keep the checkpoint when a gate fails")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that the checkpoint brings")]
 Report = Annotated[bool, typer.Option("--report", help="leave report.html in the output, a page for people")]
+ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE", help="write the figures as an HTML page")]
 ReportExamples = Annotated[
     int, typer.Option("--report-examples", min=0, help="forget questions quoted with their answers; 0: none")
 ]

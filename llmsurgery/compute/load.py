@@ -53,6 +53,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Some values of its config, such as a length that is no number, are only looked at here.
+        tokenizer("a")
     except StrictDataclassError as error:
         # The tokenizer's loader reads the model's config first.
         raise _bad_config(path, error) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 SECONDS = 10.0
 """Processor time for one row; templates in use take a thousandth of a second."""
+_AGAIN = 0.2
 BYTES = 1 << 30
 """Memory for one row, beside what the process holds already."""
 
@@ -46,11 +47,13 @@ def _bounded_time() -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGVTALRM, _end)
-    # Processor time: on a busy machine a good template may have to wait for long.
-    before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    # Processor time: on a busy machine a good template may have to wait for long. And again and again: jinja2 swallows
+    # what is raised while it computes constants, and computes them anew when the template runs.
+    before = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, _AGAIN)
     try:
         yield
     finally:
+        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_VIRTUAL, *before)
         signal.signal(signal.SIGVTALRM, handler)
 

@@ -37,7 +37,7 @@ def write_report(manifest: Mapping[str, Any], examples: Examples) -> str:
     """
     metrics = strips(manifest["metrics"])
     tensors = manifest["tensors"]
-    return _template().render(
+    return page_template("page.html").render(
         manifest=manifest,
         title=title_of(manifest),
         model=model_of(manifest),
@@ -61,16 +61,15 @@ def write_report(manifest: Mapping[str, Any], examples: Examples) -> str:
 
 
 @cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+def page_template(name: str) -> Template:
+    """Return a template of this folder; every value put into it is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder = Path(__file__).parent
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    # The style sheet is ours: it stands in the page as it is.
-    source = (
-        (folder / "page.html").read_text("utf-8").replace("/* page.css */", (folder / "page.css").read_text("utf-8"))
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def title_of(manifest: Mapping[str, Any]) -> str:

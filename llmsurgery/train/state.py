@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.target import sync_directory
-from llmsurgery.errors import DamagedError
+from llmsurgery.errors import DamagedError, ResourceError
 
 FORMAT = "1"
 
@@ -82,10 +82,16 @@ class StateStore:
         temporary = path.with_suffix(".tmp")
         with writing(path):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            save_file(_unshared(state.tensors), temporary, {"state": json.dumps(state.facts), "format": FORMAT})
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
+            try:
+                save_file(_unshared(state.tensors), temporary, {"state": json.dumps(state.facts), "format": FORMAT})
+                with temporary.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                temporary.replace(path)
+            except SafetensorError as error:
+                fix = "free some space, or choose a target on another disk with -o"
+                raise ResourceError(f"cannot write {str(path)!r}", str(error), fix) from error
+            finally:
+                temporary.unlink(missing_ok=True)
         sync_directory(self.folder)
 
     def rows(self, stage: int, name: str, start: int, stop: int) -> torch.Tensor:

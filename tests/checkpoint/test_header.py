@@ -171,24 +171,16 @@ def test_missing_file_directory_and_pipe(tmp_path: Path) -> None:
         read_header(tmp_path / "pipe")
 
 
-def test_flipped_and_truncated_bytes_never_crash(tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "m", random_tensors("x"), {"format": "pt"})
-    good = path.read_bytes()
-    end = read_header(path).data_start
-    rng = np.random.default_rng(7)
-    outcomes = {"damaged": 0, "read": 0}
-    for round_number in range(300):
-        content = bytearray(good)
-        for _ in range(int(rng.integers(1, 4))):
-            content[int(rng.integers(0, end))] = int(rng.integers(0, 256))
-        if round_number % 3 == 0:
-            content = content[: int(rng.integers(0, len(good)))]
-        path.write_bytes(content)
-        try:
-            header = read_header(path)
-        except DamagedError:
-            outcomes["damaged"] += 1
-        else:
-            outcomes["read"] += 1
-            assert all(0 <= info.start <= info.end <= len(content) for info in header.tensors.values())
-    assert outcomes["damaged"] > 200
+def test_header_of_many_tensors_is_read(tmp_path: Path) -> None:
+    """What would fill the memory is refused by its length; an honest header of that length is not."""
+    name = "model.layers.{}.mlp.experts.{}.gate_proj.weight"
+    header = {
+        name.format(layer, expert): entry("BF16", [0, 7168], 0, 0) for layer in range(100) for expert in range(300)
+    }
+    path = tmp_path / "m"
+    path.write_bytes(pack(header))
+    assert path.stat().st_size > 2_500_000
+    assert len(read_header(path).tensors) == 30_000
+    path.write_bytes(pack(b'{"a":[' + b"[]," * 1_000_000 + b"0]}"))
+    with pytest.raises(DamagedError, match="MiB of memory"):
+        read_header(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llmsurgery.__main__ import main
 from llmsurgery.cli.app import run
 
 from .test_commands import tree, unlearn
@@ -282,18 +283,31 @@ def test_full_disk_and_unwritable_target(
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
-def test_interrupt_leaves_only_the_state(
-    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmsurgery.run import execute
+def test_messages_hold_no_secrets_and_no_signs_that_terminals_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    for address in ("https://me:hf_0123456789abcdefgh@host/model", "x\x1b[2J/hf_0123456789abcdefgh"):
+        assert run(["inspect", address]) == 3
+        message = capsys.readouterr().err
+        assert "hf_0123" not in message
+        assert "\x1b" not in message
 
-    def interrupt(*_: object, **__: object) -> None:
+
+def test_interrupt_while_modules_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(execute, "measure_result", interrupt)
-    assert run(unlearn(checkpoints["tied_llama"], data_files, tmp_path / "out")) == 130
-    assert [path.name for path in tmp_path.glob("out*/*")] == [".llmsurgery-state"]
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("llmsurgery.cli.app.run", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_counts_that_no_tensors_fill_are_refused_at_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_json(model / "config.json", lambda config: config.update(num_hidden_layers=10**9))
+    assert run(["inspect", str(model)]) == 8
+    assert "1000000000 blocks" in capsys.readouterr().err
 
 
 def test_a_bug_asks_for_a_report(

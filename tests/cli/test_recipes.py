@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
+from benchmarks.faults.forked import killing, run_forked
+from llmsurgery.checkpoint import writer
 from llmsurgery.cli.app import run
 from llmsurgery.run.builtin import FOLDER, builtin_recipes
 from llmsurgery.run.overrides import load_recipe
@@ -24,7 +22,7 @@ from llmsurgery.run.recipe import recipe_schema
 from ..conftest import write_data_files
 from .test_commands import tree
 from .test_patches import bytes_and_modes, checkpoint_files
-from .test_resume import KILLER
+from .test_resume import FORKS
 
 Capture = pytest.CaptureFixture[str]
 Write = Callable[..., Path]
@@ -197,27 +195,23 @@ def test_failed_gates_publish_nothing_and_steps_that_need_a_failed_one_are_not_r
     assert tree(model) == before
 
 
+@FORKS
 def test_killed_between_steps_and_resumed_gives_the_same_bytes(chain: Path, tmp_path: Path, capsys: Capture) -> None:
-    out, recipe = tmp_path / "out", chain.parent / "recipe.yaml"
+    out, recipe, log = tmp_path / "out", chain.parent / "recipe.yaml", tmp_path / "log"
     words = ["run", str(recipe), "-o", str(out)]
-    kill = ["llmsurgery.checkpoint.writer", "move_into_place", "1", "after"]
-    # The same number of threads as here: a run may not go on with another.
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, *kill, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_forked(words, log, killing(writer, "move_into_place", 1, "after")) == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.steps"]
     assert run(words) == 2
     capsys.readouterr()
     assert run([*words, "--resume", "steps.first.settings.lr=0.02"]) == 2
     assert "the finished step first" in (message := capsys.readouterr().err)
     assert "settings.lr" in message
-    assert run([*words, "--resume"]) == 0
-    assert "first: finished by an earlier run" in capsys.readouterr().err
+    # Killed again before the whole has its name, when the results of the steps are given up for it.
+    assert run_forked([*words, "--resume"], log, killing(writer, "move_into_place", 2, "before")) == -signal.SIGKILL
+    assert "first: finished by an earlier run" in log.read_text()
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.partial"]
+    # And once more as soon as it has its name: nothing else is left.
+    assert run_forked([*words, "--resume"], log, killing(writer, "move_into_place", 3, "after")) == -signal.SIGKILL
     assert result(out) == result(chain)
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 

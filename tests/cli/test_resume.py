@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.faults.forked import killing, run_forked
 from llmsurgery.cli.app import run
 from llmsurgery.errors import DivergedError
+from llmsurgery.train import state
 from llmsurgery.train.loop import _Loop
 
 ROUGH = ("--guard", "self", "--until", "none", "--set", "guard.prompts=4", "--set", "dropout=0.1")
 STEPS = ("--set", "max_steps=7", "--set", "save_every=2", "--set", "eval.generate=false", "--dtype", "float32")
 
-# Kills the process with SIGKILL when a function is called for the nth time.
-KILLER = """
-import importlib, os, signal, sys
-where, name, count, when, *words = sys.argv[1:]
-place = importlib.import_module(where.partition(":")[0])
-for part in filter(None, where.partition(":")[2].split(".")):
-    place = getattr(place, part)
-original, calls = getattr(place, name), []
-
-def wrapped(*arguments, **named):
-    calls.append(None)
-    if len(calls) == int(count) and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(*arguments, **named)
-    if len(calls) == int(count):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-setattr(place, name, wrapped)
-from llmsurgery.cli.app import run
-sys.exit(run(words))
-"""
+# What a child can do only if its parent has no threads of a GPU.
+FORKS = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has trained on a GPU cannot be forked")
 
 
 def command(model: Path, data: dict[str, Path], out: Path, *more: str) -> list[str]:
@@ -61,21 +43,22 @@ def model(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["sharded_llama"]
 
 
+@FORKS
 @pytest.mark.parametrize(
-    ("where", "name", "count", "when"),
+    ("place", "name", "count", "when"),
     [
         # The third state is complete under its temporary name.
-        ("llmsurgery.train.state", "save_file", 3, "after"),
-        ("os", "pwrite", 2, "before"),
+        (state, "save_file", 3, "after"),
+        (os, "pwrite", 2, "before"),
     ],
+    ids=["state", "weights"],
 )
 def test_kill_and_resume_gives_the_uninterrupted_bytes(
-    where: str, name: str, count: int, when: str, model: Path, data_files: dict[str, Path], tmp_path: Path
+    place: object, name: str, count: int, when: str, model: Path, data_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    words = [sys.executable, "-c", KILLER, where, name, str(count), when, *command(model, data_files, out)]
-    killed = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    out, log = tmp_path / "out", tmp_path / "log"
+    code = run_forked(command(model, data_files, out), log, killing(place, name, count, when))
+    assert code == -signal.SIGKILL, log.read_text()
     assert not out.exists()
     assert (tmp_path / "out.partial").is_dir()
     assert run(command(model, data_files, out)) == 2

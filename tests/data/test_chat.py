@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
 import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from llmsurgery.data import template_bounds
 from llmsurgery.data.chat import Encoder
 from llmsurgery.data.records import Message, Row
 from llmsurgery.errors import InputError
@@ -210,3 +214,26 @@ def test_plain_text_for_perplexity_is_truncated() -> None:
     encoder = Encoder(byte_tokenizer(), 6)
     assert [len(encoder.encode_text("abcdefgh", tokens).ids) for tokens in (4, 100)] == [4, 6]
     assert encoder.encode_text("abc", 4).labels == 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'x' * 10**11 }}",
+        "{{ 'x' * 3000000 }}",
+        "{{ 1 // 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_hostile_templates_come_to_an_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "SECONDS", 0.2)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template + CHAT_TEMPLATE
+    limits = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(InputError, match="chat template"):
+        Encoder(tokenizer, 256)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == limits
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -54,6 +54,8 @@ def build(root: Path, model: Path) -> Path:
         settings={"max_steps": 2, "lr": 0.01, "eval.generate": False},
     )  # fmt: skip
     llmsurgery.diff(root / "MODEL", root / "OUT", out=root / "edit.patch")
+    for name in ("a.patch", "b.patch"):
+        shutil.copyfile(root / "edit.patch", root / name)
     return root
 
 

@@ -95,6 +95,12 @@ def test_the_example_of_an_architecture_is_a_file_of_the_package() -> None:
     assert python_of("adding-an-architecture.md") == family.read_text("utf-8")
 
 
+def test_the_page_on_python_names_every_function() -> None:
+    table = "".join(re.findall(r"^\|.*$", (DOCS / "python-api.md").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`([a-z_]+)[`(]", table))
+    assert set(llmsurgery.__all__) - {"SurgeryError", "__version__"} <= named
+
+
 def test_messages_of_troubleshooting_are_those_of_the_package() -> None:
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "llmsurgery").rglob("*.py"))
     rows = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)

@@ -85,7 +85,7 @@ class Alignguard:
         selects=True,
         models=("aligned",),
         adapter=True,
-        demo_settings={"side": "in", "directions": 16},
+        demo_settings={"side": "in", "directions": 24, "drop": 0.1},
         demo="refuse",
     )
     config_type = AlignguardConfig
