@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from llmsurgery.checkpoint.documents import parse_yaml
 from llmsurgery.errors import InputError, UsageError, nearest_names, unknown_name
@@ -101,7 +101,7 @@ def relative_to(recipe: Recipe, base: Path) -> Recipe:
 
     def placed(options: Recipe | Step) -> dict[str, Any]:
         kept: dict[str, Any] = {"data": {name: place(text) for name, text in options.data.items()}}
-        own = options.steps if isinstance(options, Recipe) else [cast(Step, options)]
+        own = options.steps if isinstance(options, Recipe) else [options]
         methods = [find_method(step.method, step.task) for step in own]
         kept["settings"] = {name: setting(methods, name, value) for name, value in options.settings.items()}
         kept["models"] = {name: model(text) for name, text in options.models.items()}
