@@ -32,6 +32,10 @@ def _count(whole: int, share: float) -> int:
     return max(1, round(whole * share))
 
 
+def _step(share: float, step: int) -> int:
+    return 1 if share == 1 else step
+
+
 GROUPS: dict[str, Group] = {
     "kills": lambda stage, share: kills.kills(stage, _count(50, share)),
     "interrupts": lambda stage, share: kills.interrupts(stage, _count(20, share)),
@@ -47,9 +51,9 @@ GROUPS: dict[str, Group] = {
         stage.work, hostile.manifest_of(stage), _count(200, share), bombs=share == 1
     ),
     "templates": lambda stage, share: hostile.templates(stage, _count(len(hostile.TEMPLATES), share)),
-    "links": lambda stage, share: hostile.links(stage),
-    "modes": lambda stage, share: hostile.modes(stage),
-    "secrets": lambda stage, share: hostile.secrets(stage),
+    "links": lambda stage, share: hostile.links(stage, _step(share, 3)),
+    "modes": lambda stage, share: hostile.modes(stage, _step(share, 2)),
+    "secrets": lambda stage, share: hostile.secrets(stage, _step(share, 4)),
 }
 
 

@@ -75,7 +75,7 @@ class _Paths:
 
     def __init__(self, folder: Path) -> None:
         own = [sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/proc", "/sys", "/usr/lib", "/dev/null"]
-        self.allowed = tuple(os.path.realpath(path) for path in [folder, *own])
+        self.allowed = tuple(os.path.realpath(path) for path in [str(folder), *own])
         self.found: list[str] = []
 
     def install(self) -> None:

@@ -44,7 +44,7 @@ def start_function(function: Callable[[], int], log: Path, before: Callable[[], 
         return child
     code = 1
     try:
-        with log.open("w") as stream:
+        with log.open("w", buffering=1) as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
             sys.stdout = sys.stderr = stream
@@ -174,7 +174,8 @@ def killing(place: Any, name: str, count: int, when: str) -> Callable[[], None]:
     """
 
     def install() -> None:
-        original, calls = getattr(place, name), []
+        original = getattr(place, name)
+        calls: list[None] = []
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
             calls.append(None)

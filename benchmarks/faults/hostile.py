@@ -68,8 +68,13 @@ def templates(stage: Stage, tries: int) -> Tally:
     return tally
 
 
-def links(stage: Stage) -> Tally:
-    """Edit models whose shards are symbolic links, some of them to places that no checkpoint leads to."""
+def links(stage: Stage, step: int = 1) -> Tally:
+    """Edit models whose shards are symbolic links, some of them to places that no checkpoint leads to.
+
+    Args:
+        stage: Where it runs.
+        step: 2 tries every second of them, and so on.
+    """
     tally = Tally("symlinked shards", "a copy that shares nothing with what the links lead to, or a message")
     elsewhere = stage.work / "elsewhere"
     elsewhere.mkdir()
@@ -102,7 +107,7 @@ def links(stage: Stage) -> Tally:
         "to nothing": lead("nowhere", 8),
         "to a text": lead("/etc/passwd", 8),
     }
-    for name, change in changes.items():
+    for name, change in list(changes.items())[::step]:
         root, out = make_model(stage.work / f"links {name}"), stage.out()
         expected = change(root)
         before = tree(elsewhere)
@@ -118,10 +123,10 @@ def links(stage: Stage) -> Tally:
     return tally
 
 
-def modes(stage: Stage) -> Tally:
+def modes(stage: Stage, step: int = 1) -> Tally:
     """Edit models whose files and folders have unusual modes."""
     tally = Tally("modes of files", "the output has the modes of the source, no more and no less")
-    for bits, folder in ((0o666, 0o777), (0o600, 0o700), (0o444, 0o555), (0o640, 0o2750)):
+    for bits, folder in ((0o666, 0o777), (0o600, 0o700), (0o444, 0o555), (0o640, 0o2750))[::step]:
         root, out = make_model(stage.work / f"modes {bits:o}"), stage.out()
         for path in root.iterdir():
             path.chmod(bits)
@@ -140,7 +145,7 @@ def modes(stage: Stage) -> Tally:
 SECRET = "hf_SeCrEt0123456789abcdef"
 
 
-def secrets(stage: Stage) -> Tally:
+def secrets(stage: Stage, step: int = 1) -> Tally:
     """Give tokens in the environment, in addresses and to a judge, and look for them in everything that is written."""
     tally = Tally("secrets", "no manifest, report, card or plan holds a token")
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -171,7 +176,7 @@ def secrets(stage: Stage) -> Tally:
             ["eval", str(stage.model), "--harmful", str(harmful), "--judge", f"{judge} --key={SECRET}", "--json"], 0,
         ),
     }  # fmt: skip
-    for name, (words, expected) in tries.items():
+    for name, (words, expected) in list(tries.items())[::step]:
         out = Path(words[words.index("-o") + 1]) if "-o" in words else stage.out()
         code = run_forked(words, stage.log, keep)
         problems = [] if code == expected else [f"exit code {code}: {stage.message()}"]

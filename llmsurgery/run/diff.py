@@ -161,7 +161,9 @@ def provenance(result: Checkpoint) -> dict[str, Any]:
         manifest: Any = parse_json(path.read_text("utf-8"))
     except ValueError:
         return {}
-    kinds = {"versions": dict, "operations": list} if isinstance(manifest, dict) else {}
+    if not isinstance(manifest, dict):
+        return {}
+    kinds = {"versions": dict, "operations": list}
     return {key: manifest[key] for key, kind in kinds.items() if isinstance(manifest.get(key), kind)}
 
 

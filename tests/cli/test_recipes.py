@@ -305,7 +305,7 @@ def test_steps_after_one_that_changes_shapes(checkpoints: dict[str, Path], write
     """A block less, then a training of what is left: one change of the first source, which is undone as one."""
     model = checkpoints["sharded_llama"]
     content = document(model)
-    smaller = {"task": "prune", "method": "shortgpt", "name": "smaller", "settings": {"keep_layers": 1, "window": 32}}
+    smaller = {"task": "prune", "method": "shortgpt", "name": "smaller", "settings": {"keep_layers": 1, "window": 24}}
     content["steps"] = [smaller, content["steps"][0]]
     content["data"] = {**content["data"], "calibration": "text.jsonl"}
     path = write(content)
