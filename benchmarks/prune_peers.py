@@ -78,7 +78,9 @@ def command(side: str, method: str, source: Path, out: Path, options: argparse.N
     words = ["prune", str(source), "--method", method, "-o", str(out), "--sparsity", share, "--no-undo", "--quiet"]
     words += ["--calibration", str(work / "used.jsonl"), "--text", str(work / "measured.jsonl")]
     words += ["--dtype", options.dtype]
-    settings = (f"samples={options.samples}", f"window={options.window}", "eval.text_rows=1", "eval.text_tokens=32")
+    # Figures of a model that is read block by block: what a user who is short of memory asks for.
+    settings = (f"samples={options.samples}", f"window={options.window}", "eval.text_rows=1", "eval.text_tokens=32",
+                "eval.figures=streamed")  # fmt: skip
     return [sys.executable, "-m", "llmsurgery", *words, *(word for item in settings for word in ("--set", item))]
 
 
