@@ -251,6 +251,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--rows", type=int, default=8, help="harmless prompts; twice as many harmful and task rows")
     parser.add_argument("--steps", type=int, default=20, help="steps of restore")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="further settings of restore")
+    parser.add_argument("--brief", action="store_true", help="restore and what has its size, alone")
+    parser.add_argument("--name", default="recover_smollm2", help="name of the result")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="keep parent and child here, and take them from there")
     options = parser.parse_args()
@@ -268,7 +271,8 @@ def main() -> None:
             notes.write_text(json.dumps(pair))
         pair = json.loads(notes.read_text())
         files = write_data(work, options.rows, options.seed)
-        runs = [repair(source, work, files, "restore", {"steps": options.steps}, options.rows)]
+        given: dict[str, object] = {"steps": options.steps, **dict(item.split("=", 1) for item in options.set)}
+        runs = [repair(source, work, files, "restore", given, options.rows)]
         size = runs[0]["size"]
         others: list[tuple[str, dict[str, object]]] = [
             ("random-restore", {"entries": size["entries"]}),
@@ -281,11 +285,11 @@ def main() -> None:
             ("safe-lora", {}),
             ("resta", {}),
         ]
-        for method, settings in others:
+        for method, settings in others[: 3 if options.brief else len(others)]:
             runs.append(repair(source, work, files, method, settings, options.rows))
             print(method, settings, runs[-1]["figures"].get("safety.refusal_rate"), flush=True)
         write_result(
-            "recover_smollm2",
+            options.name,
             {"model": options.model.name, "pair": pair, "rows": {"harmful": 2 * options.rows}, "runs": runs},
         )
 

@@ -61,6 +61,7 @@ SECTIONS = {
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
     "recover_smollm2": recover_smollm2,
+    "recover_smollm2_strong": recover_smollm2,
     "restore_large": restore_large,
     "debias_smollm2": debias_smollm2,
     "debias_smollm2_all": debias_smollm2,
