@@ -42,6 +42,7 @@ benchmarks: $(READY) .real/model.gguf
 	$(BIN)/python -m benchmarks.flat_step .real/model.gguf
 	$(BIN)/python -m benchmarks.unlearning .real/model.gguf
 	$(BIN)/python -m benchmarks.guard_demo
+	$(BIN)/python -m benchmarks.vision_demo
 	$(BIN)/python -m benchmarks.compare demo $(METHODS)
 	$(BIN)/python -m benchmarks.table
 
@@ -55,9 +56,10 @@ faults: $(READY)
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.table
 
-# The pages of the methods, from their docstrings and configs.
+# The pages of the methods and the README's table, from their docstrings and configs; then the site, without a broken link.
 docs: $(READY)
-	$(BIN)/python -m llmsurgery.report.method_page docs/methods
+	$(BIN)/python -m llmsurgery.report.method_page docs/methods README.md
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

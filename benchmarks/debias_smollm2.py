@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--halves", type=int, default=20)
     parser.add_argument("--text-rows", type=int, default=16)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--name", default="debias_smollm2", help="name of the result")
     options = parser.parse_args(arguments)
     from llmsurgery.compute.source import resolve_source
 
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         finally:
             mock.patch.stopall()
     result |= {"model": options.model.name, "rows": len(usable), "forwards": kept.forwards}
-    write_result("debias_smollm2", result)
+    write_result(options.name, result)
     show(result)
     return result
 

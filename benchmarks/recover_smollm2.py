@@ -200,7 +200,9 @@ def write_data(work: Path, count: int, seed: int) -> dict[str, Path]:
     return files
 
 
-def repair(work: Path, files: dict[str, Path], method: str, settings: dict[str, object], rows: int) -> dict[str, Any]:
+def repair(
+    source: Path, work: Path, files: dict[str, Path], method: str, settings: dict[str, object], rows: int
+) -> dict[str, Any]:
     """Repair the child by one method, and return its figures; the result is removed."""
     out = work / "out"
     measured = {
@@ -219,6 +221,8 @@ def repair(work: Path, files: dict[str, Path], method: str, settings: dict[str, 
         harmful=files["harmful"],
         harmless=files["harmless"],
         task=files["task"],
+        base=source if method == "safe-lora" else None,
+        unaligned=source if method == "resta" else None,
     )
     manifest: Any = outcome.manifest
     shutil.rmtree(out)
@@ -264,7 +268,7 @@ def main() -> None:
             notes.write_text(json.dumps(pair))
         pair = json.loads(notes.read_text())
         files = write_data(work, options.rows, options.seed)
-        runs = [repair(work, files, "restore", {"steps": options.steps}, options.rows)]
+        runs = [repair(source, work, files, "restore", {"steps": options.steps}, options.rows)]
         size = runs[0]["size"]
         others: list[tuple[str, dict[str, object]]] = [
             ("random-restore", {"entries": size["entries"]}),
@@ -273,9 +277,12 @@ def main() -> None:
             ("interpolate", {}),
             ("direction", {"gamma": 1.0}),
             ("antidote", {}),
+            # The model before it was aligned stands for the base, and for the unaligned model.
+            ("safe-lora", {}),
+            ("resta", {}),
         ]
         for method, settings in others:
-            runs.append(repair(work, files, method, settings, options.rows))
+            runs.append(repair(source, work, files, method, settings, options.rows))
             print(method, settings, runs[-1]["figures"].get("safety.refusal_rate"), flush=True)
         write_result(
             "recover_smollm2",

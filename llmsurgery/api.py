@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from llmsurgery.errors import UsageError
+from llmsurgery.errors import GateError, UsageError
 from llmsurgery.run.request import EvaluationRequest, Request
 
 if TYPE_CHECKING:
@@ -32,9 +32,23 @@ def operate(request: Request, progress: Progress | None = None) -> Outcome:
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.execute import execute
+    from llmsurgery.run.push import check_push
 
-    return execute(request, progress or Silent(), write_card)
+    told = progress or Silent()
+    if request.push is not None:
+        check_push(request.push)
+    return _uploaded(execute(request, told, write_card, write_report), request.push, told)
+
+
+def _uploaded(outcome: Outcome, repository: str | None, progress: Progress) -> Outcome:
+    """Upload a result where a repository was given, and return it."""
+    from llmsurgery.run.push import push_result
+
+    if repository is not None and outcome.out is not None:
+        push_result(outcome.out, repository, progress)
+    return outcome
 
 
 def _given(**files: File | None) -> dict[str, str]:
@@ -69,6 +83,9 @@ class Options(TypedDict, total=False):
     undo: bool
     keep_partial: bool
     trust_remote_code: bool
+    report: bool
+    report_examples: int
+    push: str | None
     progress: Progress | None
 
 
@@ -122,6 +139,11 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
             - undo: Keep the undo data that `revert` needs.
             - keep_partial: Keep the unpublished checkpoint when a gate fails.
             - trust_remote_code: Run model code that the checkpoint brings.
+            - report: Leave `report.html`, a page that needs neither network nor scripts, in the output (and
+              `OUT.report.html` beside it when a gate fails).
+            - report_examples: Forget questions that it quotes with the answers before and after.
+            - push: Hub repository ("OWNER/NAME") that the finished result is uploaded to, without undo data and report;
+              made, private, if it does not exist. Needs a token and the extra `hub`.
             - progress: Told of long work and notices.
 
     Returns:
@@ -134,8 +156,11 @@ def unlearn(model: File | None = None, *, method: str, **options: Unpack[Options
     request = _request("unlearn", method, model, options)
     if method == "auto":
         from llmsurgery.compute.progress import Silent
+        from llmsurgery.run.push import check_push
         from llmsurgery.run.search import search
 
+        if request.push is not None:
+            check_push(request.push)
         return search(request, progress or Silent(), lambda chosen: operate(chosen, progress))
     return operate(request, progress)
 
@@ -184,21 +209,27 @@ def recover_alignment(
     base: File | None = None,
     unaligned: File | None = None,
     judge: Sequence[str] = (),
+    picture: File | None = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Repair a model that lost its refusals in fine-tuning, with weights of the model it was made from.
 
     Args:
-        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        model: The fine-tuned model: checkpoint directory, `.gguf` file or hub id, for "alignguard" the directory of a
+            LoRA adapter; None runs the embedded demo.
         method: Method name.
-        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer.
-        harmful: Data file of prompts that the aligned model refuses; its text appears in no report.
+        aligned: The aligned model that `model` was fine-tuned from, of the same shapes and tokenizer; the base of an
+            adapter.
+        harmful: Data file of prompts that the aligned model refuses, for "alignguard" with the refusal as completion if
+            there is one; its text appears in no report.
         task: Data file of the task that the model was fine-tuned for.
         harmless: Data file of prompts that are answered; the other side of the refusal direction.
         base: The pretrained model before alignment, for "safe-lora".
         unaligned: A model with the harm in it, for "resta"; the toolkit never makes one.
         judge: A command as a list of arguments; it reads prompts and answers as JSON Lines and writes a verdict for
             each. Adds `safety.harmful_rate`.
+        picture: PNG, SVG or PDF file for the gap along the refusal direction after every block, of parent, child and
+            result; needs `harmful` beside `harmless` or `task`, and the extra `pictures`.
         **options: As for `unlearn`.
 
     Returns:
@@ -208,9 +239,23 @@ def recover_alignment(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
+    from llmsurgery.report.directions import save_gap
+    from llmsurgery.report.heat import check_picture
+
     request = _request("recover-alignment", method, model, options, harmful=harmful, task=task, harmless=harmless)
     models = _given(aligned=aligned, base=base, unaligned=unaligned)
-    return operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None:
+        check_picture(fspath(picture))
+        if model is not None and (harmful is None or (harmless is None and task is None)):
+            raise UsageError(
+                "--picture has nothing to draw",
+                "the refusal direction lies between prompts that are refused and prompts that are answered",
+                "give --harmful FILE and --harmless FILE (or --task FILE)",
+            )
+    outcome = operate(dataclasses.replace(request, models=models, judge=tuple(judge)), options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        save_gap(outcome.manifest, fspath(picture))
+    return outcome
 
 
 def debias(
@@ -227,7 +272,8 @@ def debias(
         model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
         method: Method name, for example "pride".
         mcq: Data file of multiple-choice questions; one half is learnt from, the other is measured in every cyclic
-            order of the options.
+            order of the options. For a vision-language model, questions about pictures (`image`, a path relative to the
+            file, `question`, `choices`, `answer`), measured with and without their pictures.
         contrast: Data file of texts that differ in a group.
         **options: As for `unlearn`.
 
@@ -249,6 +295,7 @@ def prune(
     of: str | None = None,
     hidden: int | None = None,
     layers: int | None = None,
+    teacher: bool = False,
     calibration: File | None = None,
     domain: File | None = None,
     **options: Unpack[Options],
@@ -263,7 +310,9 @@ def prune(
         of: What `sparsity` is a share of: "prunable" matrices or "all" parameters.
         hidden: Width that is kept, for methods that narrow the residual stream.
         layers: Number of blocks that are kept, for methods that remove blocks.
-        calibration: Data file of ordinary text that activations are taken from; a shipped text by default.
+        teacher: Distil from the source while training, for methods that train.
+        calibration: Data file of ordinary text that activations are taken from, or that is trained on; a shipped text
+            by default.
         domain: Data file of the domain that the model is to stay good at; its last rows are only measured.
         **options: As for `unlearn`.
 
@@ -276,9 +325,53 @@ def prune(
     from llmsurgery.methods.amounts import amount_settings
 
     request = _request("prune", method, model, options, calibration=calibration, domain=domain)
-    amounts = amount_settings(method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers)
+    amounts = amount_settings(
+        method, sparsity=sparsity, pattern=pattern, of=of, hidden=hidden, keep_layers=layers, teacher=teacher or None
+    )
     request = dataclasses.replace(request, settings={**request.settings, **amounts})
     return operate(request, options.get("progress"))
+
+
+def remove_layernorm(
+    model: File | None = None,
+    *,
+    method: str = "fakeln",
+    corpus: File | None = None,
+    picture: File | None = None,
+    **options: Unpack[Options],
+) -> Outcome:
+    """Train a model until its norms are affine maps, or fold the gains of its norms into its matrices.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id; None runs the embedded demo.
+        method: "fakeln" trains, "fold" only folds.
+        corpus: Data file of ordinary text to train on; its last windows are only measured.
+        picture: PNG, SVG or PDF file for the constants of all norms over the steps; needs the extra `pictures`.
+        **options: As for `unlearn`.
+
+    Returns:
+        As for `unlearn`.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.report.heat import check_picture
+
+    request = _request("remove-layernorm", method, model, options, corpus=corpus)
+    if picture is not None:
+        check_picture(fspath(picture))
+        if method == "fold" or request.save != "full" or request.dry_run:
+            raise UsageError(
+                "there is nothing to draw",
+                "the picture shows the constants of norms in training, from what lies beside a whole checkpoint",
+                "drop --picture, or run --method fakeln with --save full",
+            )
+    outcome = operate(request, options.get("progress"))
+    if picture is not None and outcome.out is not None:
+        from llmsurgery.report.sigmas import save_sigmas
+
+        save_sigmas(outcome.out, fspath(picture))
+    return outcome
 
 
 def run_recipe(
@@ -291,6 +384,9 @@ def run_recipe(
     resume: bool = False,
     keep_steps: bool = False,
     trust_remote_code: bool = False,
+    report: bool = False,
+    report_examples: int = 3,
+    push: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run a recipe: several operations in order, with gates; or repeat the run that a manifest records.
@@ -304,6 +400,9 @@ def run_recipe(
         resume: Go on from what an interrupted run of the same recipe left.
         keep_steps: Keep the results of all steps in `OUT.steps`.
         trust_remote_code: Run model code that a checkpoint brings.
+        report: As for `unlearn`.
+        report_examples: As for `unlearn`, of each step.
+        push: As for `unlearn`.
         progress: Told of long work and notices.
 
     Returns:
@@ -315,16 +414,21 @@ def run_recipe(
     """
     from llmsurgery.compute.progress import Silent
     from llmsurgery.report.card import write_card
+    from llmsurgery.report.page import write_report
     from llmsurgery.run.builtin import find_recipe
     from llmsurgery.run.chain import Manner
     from llmsurgery.run.chain import run_recipe as run_chain
     from llmsurgery.run.overrides import load_recipe
+    from llmsurgery.run.push import check_push
 
     told = progress or Silent()
     loaded = load_recipe(find_recipe(fspath(recipe)), assignments)
     place = None if out is None else fspath(out)
-    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code)
-    return run_chain(loaded, manner, lambda request: operate(request, told), write_card, told)
+    manner = Manner(place, dry_run, force, resume, keep_steps, trust_remote_code, report, report_examples)
+    if push is not None:
+        check_push(push)
+    done = run_chain(loaded, manner, lambda request: operate(request, told), write_card, write_report, told)
+    return _uploaded(done, push, told)
 
 
 def recipes(name: str | None = None, *, out: File | None = None, force: bool = False) -> Any:
@@ -385,11 +489,13 @@ def evaluate_checkpoints(
     control: File | None = None,
     suite: str | None = None,
     suite_dir: File | None = None,
+    position_invariant: bool = False,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | str | None = None,
+    report: File | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -420,12 +526,15 @@ def evaluate_checkpoints(
         suite: A published benchmark ("tofu", "muse", "wmdp", "semeval25", "ort"), whose files bring the data and
             whose protocol is the default; data other than `text` do not go with it.
         suite_dir: Directory with the suite's files as published.
+        position_invariant: Ask `mcq` by position-invariant inference (PINE) too, and count the answers that change with
+            the order of options, with it and without.
         settings: Evaluation settings by name; `attack.NAME` and `attack.ATTACK.NAME` for attacks, `suite.NAME` for
             the suite.
         require: Gates that every model must pass.
         device: As for `unlearn`.
         dtype: As for `unlearn`.
         batch_size: Rows per forward; "auto" halves them when memory runs out.
+        report: HTML file for a page of the figures, written when a gate fails, too.
         trust_remote_code: Run model code that a checkpoint brings.
         progress: Told of long work.
 
@@ -457,14 +566,14 @@ def evaluate_checkpoints(
         attacks=tuple(dict.fromkeys(attacks)),
         suite=suite,
         suite_dir=None if suite_dir is None else fspath(suite_dir),
-        settings=dict(settings or {}),
+        settings={**(settings or {}), **({"position_invariant": True} if position_invariant else {})},
         require=tuple(require),
         device=device,
         dtype=dtype,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    return evaluate_models(request, progress or Silent())
+    return _with_page(report, lambda: evaluate_models(request, progress or Silent()))
 
 
 def evaluate_logs(
@@ -474,6 +583,7 @@ def evaluate_logs(
     log: File | None = None,
     settings: Mapping[str, object] | None = None,
     require: Sequence[str] = (),
+    report: File | None = None,
 ) -> dict[str, object]:
     """Recompute figures from published TOFU logs, or from logs of `evaluate_checkpoints`, without a model.
 
@@ -483,6 +593,7 @@ def evaluate_logs(
         log: File to write the numbers per row to, in open-unlearning's layout.
         settings: Evaluation settings by name; `protocol` matters most.
         require: Gates that every log must pass.
+        report: As for `evaluate_checkpoints`.
 
     Returns:
         As for `evaluate_checkpoints`.
@@ -492,15 +603,31 @@ def evaluate_logs(
     """
     from llmsurgery.run.from_log import evaluate_logs as recompute
 
-    return recompute(
-        EvaluationRequest(
-            logs=tuple(fspath(path) for path in logs),
-            retain_log=None if retain_log is None else fspath(retain_log),
-            log=None if log is None else fspath(log),
-            settings=dict(settings or {}),
-            require=tuple(require),
-        )
+    request = EvaluationRequest(
+        logs=tuple(fspath(path) for path in logs),
+        retain_log=None if retain_log is None else fspath(retain_log),
+        log=None if log is None else fspath(log),
+        settings=dict(settings or {}),
+        require=tuple(require),
     )
+    return _with_page(report, lambda: recompute(request))
+
+
+def _with_page(report: File | None, measure: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Measure, and write a page of it where one is asked for, that of a failed gate included."""
+    from llmsurgery.report.tables_page import check_page, measurement_page, write_page
+
+    if report is None:
+        return measure()
+    check_page(fspath(report))
+    try:
+        document = measure()
+    except GateError as error:
+        if error.report is not None:
+            write_page(fspath(report), measurement_page(error.report))
+        raise
+    write_page(fspath(report), measurement_page(document))
+    return document
 
 
 def inspect_checkpoint(model: File) -> dict[str, object]:
@@ -704,6 +831,110 @@ def lens(
     return document
 
 
+def audit(
+    kind: str,
+    data: File,
+    model: File,
+    *,
+    keep: float = 0.05,
+    score: str = "ln_ches",
+    end: bool = True,
+    reference: File | None = None,
+    window: int = 8,
+    tau: float = 20.0,
+    most_found: int = 3,
+    every: bool = False,
+    out: File | None = None,
+    picture: File | None = None,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Score preference or fine-tuning data with a model's help, and write what passes a filter; nothing is changed.
+
+    Args:
+        kind: "ches": how alike the two answers of a pair are to the model; training on such a pair lowers the
+            likelihood of both. "bci": how improbable the spans of an answer were in a reference corpus.
+        data: Data file of preference pairs; "bci" takes rows with one answer as well.
+        model: Checkpoint directory, `.gguf` file or hub id; "bci" uses its tokenizer alone.
+        keep: For "ches", the share of the pairs that is kept, those with the lowest scores.
+        score: For "ches", what the filter goes by: "ln_ches", or "ches", which follows the answers' length.
+        end: For "ches", whether answers have their end token, as in training.
+        reference: For "bci", data file of the corpus.
+        window: For "bci", tokens of a span.
+        tau: For "bci", the BCI in nats above which a span is flagged.
+        most_found: For "bci", spans that the reference holds more often do not count; 0 for no bound.
+        every: For "bci", whether spans that the reference does not hold count too.
+        out: Output directory for `scores.jsonl` (numbers only), `kept.jsonl` (rows as they were) and `audit.json`; a
+            free name below `llmsurgery-out` by default.
+        picture: PNG, SVG or PDF file for the distribution of the scores; needs the extra `pictures`.
+        force: Replace an existing output.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        batch_size: Rows per forward at most.
+        trust_remote_code: Run model code that the checkpoint brings.
+        progress: Told of long work and notices.
+
+    Returns:
+        The manifest, with `export` "none"; `operations[0].record` holds counts and quantiles of the scores.
+
+    Raises:
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.audit import publish_audit
+    from llmsurgery.run.audit import AuditRequest
+
+    corpus = None if reference is None else fspath(reference)
+    request = AuditRequest(
+        kind, fspath(data), fspath(model), keep, score, end, corpus, window, tau, most_found, every, device, dtype,
+        batch_size, trust_remote_code,
+    )  # fmt: skip
+    places = (None if path is None else fspath(path) for path in (out, picture))
+    place, drawing = places
+    return publish_audit(request, place, force, drawing, progress or Silent())
+
+
+def linearity(
+    model: File,
+    *,
+    source: File | None = None,
+    text: File | None = None,
+    require: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, object]:
+    """Check how linear a model's norms are, and what direct logit attribution is worth; nothing is changed.
+
+    Args:
+        model: Checkpoint directory, `.gguf` file or hub id.
+        source: The model before its norms were removed, to compare with.
+        text: Data file of plain text; a shipped text by default.
+        require: Gates on `linearity.norm_error` and `linearity.attribution_error`.
+        device: As for `unlearn`.
+        dtype: Compute dtype; float32 by default.
+        trust_remote_code: Run model code that a checkpoint brings.
+
+    Returns:
+        `models`: "model", and "source" where given -> `path`, `figures`, `norms` with the error of each and
+        `components` with that of each component's attribution; `gates`, and `tokens` that were looked at.
+
+    Raises:
+        GateError: A gate failed.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.run.linearity import LinearityRequest, check_linearity
+
+    paths = [None if one is None else fspath(one) for one in (source, text)]
+    return check_linearity(
+        LinearityRequest(fspath(model), paths[0], paths[1], tuple(require), device, dtype, trust_remote_code)
+    )
+
+
 def diff(
     before: File, after: File, *, out: File | None = None, force: bool = False, progress: Progress | None = None
 ) -> dict[str, object]:
@@ -766,6 +997,53 @@ def apply(
     return apply_file(
         fspath(patch), fspath(base), fspath(out), link, force, undo, progress or Silent(), write_card
     )  # fmt: skip
+
+
+def stack(
+    patches: Sequence[File],
+    base: File,
+    *,
+    out: File | None = None,
+    save: str = "full",
+    allow_overlap: bool = False,
+    link: bool = False,
+    force: bool = False,
+    undo: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Put several patches for one base together.
+
+    Patches of different tensors go together in any order, and so do low-rank changes of one tensor (they are summed
+    and rounded once), changes of different entries, and equal ones.
+
+    Args:
+        patches: Patch files, or directories of `--save patch` runs; their order matters with `allow_overlap` alone.
+        base: The checkpoint that all of them were made for.
+        out: Output directory, or file of the one patch; None only looks for conflicts.
+        save: "full" for a checkpoint, "patch" for one patch that does what all of them do.
+        allow_overlap: Where they conflict, let the later one overwrite what the earlier one made.
+        link: Hard-link untouched files.
+        force: Replace an existing output.
+        undo: Keep the undo data that `revert` needs.
+        progress: Told of long work.
+
+    Returns:
+        The manifest of a checkpoint, else what would be or was put together; with `overlaps`, every tensor or file
+        that two patches change, and how they meet.
+
+    Raises:
+        InputError: A patch is for another base, or two patches conflict; names the tensors.
+        SurgeryError: See `llmsurgery.errors`.
+    """
+    from llmsurgery.compute.progress import Silent
+    from llmsurgery.report.card import write_card
+    from llmsurgery.run.stack import StackRequest, stack_patches
+
+    place = None if out is None else fspath(out)
+    request = StackRequest(
+        tuple(fspath(patch) for patch in patches), fspath(base), place, save, allow_overlap, link, force, undo
+    )
+    return stack_patches(request, progress or Silent(), write_card)
 
 
 def revert(
@@ -839,6 +1117,7 @@ def compare(
     dtype: str = "auto",
     batch_size: int | str | None = None,
     force: bool = False,
+    report: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -862,6 +1141,7 @@ def compare(
         dtype: As for operations.
         batch_size: Rows per forward; "auto" halves them when memory runs out.
         force: Replace an existing output.
+        report: Leave `report.html`, a page for people, in the output as well.
         trust_remote_code: Run model code that the checkpoint brings.
         progress: Told of every run.
 
@@ -897,4 +1177,5 @@ def compare(
         keep,
         progress or Silent(),
         None if unseen is None else fspath(unseen),
+        report,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class SurgeryError(Exception):
@@ -92,6 +93,8 @@ class GateError(SurgeryError):
     kind = "gate"
     report: dict[str, object] | None = None
     """What was measured, for the JSON document of the failure."""
+    examples: tuple[Any, ...] = ()
+    """Answers before and after, for a report."""
 
 
 class ResourceError(SurgeryError):

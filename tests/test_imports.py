@@ -67,7 +67,8 @@ def test_heavy_imports_stand_at_module_level_only_where_they_may(path: Path) -> 
         [command, "--help"]
         for command in ("recover-alignment", "debias", "prune", "diff", "apply", "revert", "verify", "trace", "neurons")
     ]
-    + [["lens", "--help"], ["run", "--help"]],
+    + [["lens", "--help"], ["run", "--help"], ["audit", "ches", "--help"], ["remove-layernorm", "--help"]]
+    + [["linearity", "--help"]],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.table.chains import recipe_smollm2
 from benchmarks.table.cost import covariance, flat_step, memory, startup, unlearning
 from benchmarks.table.faults import faults
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
 from benchmarks.table.letters import debias_smollm2
+from benchmarks.table.narrowing import prune_pat
+from benchmarks.table.norms import layernorm
 from benchmarks.table.page import machine, newest
+from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
 from benchmarks.table.redirection import redirect_7b, redirect_smollm2
+from benchmarks.table.repair import recover_smollm2, restore_large
+from benchmarks.table.vision import vision_demo
 
 HEAD = """# Benchmarks
 
@@ -23,6 +29,7 @@ Repeat them with `make benchmarks` (startup, the FLAT step, every method's step,
 and, with question and text files of your own,
 `python -m benchmarks.unlearn_smollm2 MODEL QUESTIONS.jsonl TEXT.jsonl`,
 `python -m benchmarks.redirect_smollm2 MODEL TEXT.jsonl`,
+`python -m benchmarks.prune_pat MODEL TEXT.jsonl`,
 `python -m benchmarks.debias_smollm2 MODEL ARC.jsonl TEXT.jsonl` and
 `python -m benchmarks.memory MODEL FORGET.jsonl RETAIN.jsonl`.
 `python -m benchmarks.byte_layer SCRATCH --make` needs 27 GB of disk, and so does
@@ -53,7 +60,18 @@ SECTIONS = {
     "covariance": covariance,
     "redirect_smollm2": redirect_smollm2,
     "redirect_smollm2_layers": redirect_smollm2,
+    "recover_smollm2": recover_smollm2,
+    "restore_large": restore_large,
     "debias_smollm2": debias_smollm2,
+    "debias_smollm2_all": debias_smollm2,
+    "prune_smollm2": prune_smollm2,
+    "d_pruner_memory": d_pruner_memory,
+    "prune_peers": prune_peers,
+    "prune_peers_large": prune_peers,
+    "recipe_smollm2": recipe_smollm2,
+    "vision_demo": vision_demo,
+    "layernorm": layernorm,
+    "prune_pat": prune_pat,
 }
 
 

@@ -77,12 +77,14 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
         DamagedError: A required tensor is missing.
     """
     family = find_family(config)
-    layers = _count(config, (family.layers_key,), "blocks")
+    language = inner_config(family, config)
+    layers = _stored_layers(family, language, tensors) or _count(language, (family.layers_key,), "blocks")
     experts = _count(config, family.experts_keys, "experts") if family.experts_keys else 0
     _refuse_counts(layers, experts, len(tensors))
     prefix = _stored_prefix(family, tensors)
     found, missing = _match(family, layers, experts, prefix, tensors)
-    tied = dict(family.tied) if config.get("tie_word_embeddings", family.tied_by_default) else {}
+    ties = any(part.get("tie_word_embeddings", family.tied_by_default) for part in (config, language))
+    tied = dict(family.tied) if ties else {}
     optional = family.optional | tied.keys()
     if absent := [name for role, name in _needed(family, found, missing) if role not in optional]:
         _refuse_fused(family, tensors)
@@ -96,7 +98,47 @@ def detect(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) ->
     shared = {role: target for role, target in tied.items() if all(tensor.role != role for tensor in found)}
     copies = tuple((role, target) for role, target in tied.items() if role not in shared)
     other = tuple(name for name in tensors if name not in with_role and not name.endswith(family.buffers))
-    return Structure(family, layers, tuple(found), shared, other, copies, experts)
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    return Structure(
+        family, layers, tuple(found), shared, other, copies, experts, heads if isinstance(heads, int) else 0
+    )
+
+
+def inner_config(family: Family, config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the config of the language model: a part of config.json where it is one among several networks.
+
+    Raises:
+        UnsupportedError: The language model inside is of another kind than the family's names are for.
+        DamagedError: There is none.
+    """
+    if not family.inner_key:
+        return config
+    inner = config.get(family.inner_key)
+    if not isinstance(inner, Mapping):
+        raise DamagedError(
+            f"config.json has no {family.inner_key}",
+            "it says what the language model inside is",
+            "restore config.json from the model's source",
+        )
+    # What a published config.json leaves out is Llama's.
+    kind = inner.get("model_type", family.inner_types[0])
+    if kind not in family.inner_types:
+        raise UnsupportedError(
+            f"a {family.name} model with a language model of the kind {kind!r} is not supported",
+            f"the names of its tensors are known for {', '.join(family.inner_types)}",
+            "",
+        )
+    return inner
+
+
+def _stored_layers(family: Family, language: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> int:
+    """Return the number of blocks by the stored names, where an inner config leaves it to a default; else 0."""
+    if not family.inner_key or family.layers_key in language:
+        return 0
+    memory, disk = family.stored_prefixes[0]
+    start = disk + family.roles["norm.attn"].partition("{layer}")[0].removeprefix(memory)
+    numbers = {name.removeprefix(start).partition(".")[0] for name in tensors if name.startswith(start)}
+    return len(numbers)
 
 
 def _count(config: Mapping[str, object], keys: Sequence[str], of: str) -> int:

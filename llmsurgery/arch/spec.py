@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from llmsurgery.errors import NoEffectError, UsageError, unknown_name
+from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError, unknown_name
 
 LINEAR_ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b", "attn.o",
@@ -59,7 +59,13 @@ class Family:
         choices: Sets of roles of which each block has one: routed experts or a dense MLP.
         state: Role -> further stored tensors of its module, which are no parameters and do not train.
         norm_offset: What the norms add to their weight before they multiply.
+        norm_centres: Whether the norms take off the mean first (LayerNorm); the others are RMSNorms.
+        norm_eps: Key of config.json that holds what the norms add to the variance.
+        qkv_by_head: Whether `attn.qkv` has q, k and v of head 0 first, then those of head 1.
         router_scores: How routers turn logits into scores: "softmax", or "sigmoid" of each by itself.
+        inner_key: Key of config.json that holds the config of the language model inside; empty if config.json does.
+        inner_types: Values of its `model_type` that have these names.
+        scaled_embedding: Whether what the embedding gives is multiplied by the root of the width.
     """
 
     name: str
@@ -78,7 +84,13 @@ class Family:
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
     state: dict[str, tuple[str, ...]] = field(default_factory=dict)
     norm_offset: float = 0.0
+    norm_centres: bool = False
+    norm_eps: str = "rms_norm_eps"
+    qkv_by_head: bool = False
     router_scores: str = "softmax"
+    inner_key: str = ""
+    inner_types: tuple[str, ...] = ()
+    scaled_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ class Structure:
         other: Stored names without a role.
         copies: Pairs of roles that the config ties and that the checkpoint stores both; they move together.
         experts: Number of routed experts of a block, 0 without any.
+        heads: Number of query heads of a block, 0 if the config does not say.
     """
 
     family: Family
@@ -144,6 +157,7 @@ class Structure:
     other: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     experts: int = 0
+    heads: int = 0
 
     @property
     def roles(self) -> list[str]:
@@ -213,6 +227,24 @@ class Structure:
             if wanted & set(pair):
                 wanted.update(pair)
         return wanted
+
+
+def require_text_model(structure: Structure, what: str) -> None:
+    """Refuse a language model inside a model that sees pictures.
+
+    Args:
+        structure: The checkpoint's roles.
+        what: What is refused, for the message.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    if structure.family.inner_key:
+        raise UnsupportedError(
+            f"{what} is for text models, and this is a vision-language model ({structure.family.name})",
+            "its data and figures know no pictures, and what it does to what the model sees would stay unmeasured",
+            "for such models there are debias --method vlm-calibrate and vlm-contrast, eval, inspect, diff and verify",
+        )
 
 
 def _existing(kind: str, numbers: Iterable[int] | None, count: int) -> set[int] | None:

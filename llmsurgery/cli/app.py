@@ -11,12 +11,14 @@ import typer
 
 from llmsurgery import __version__
 from llmsurgery.cli.apply import apply
+from llmsurgery.cli.audit import audit
 from llmsurgery.cli.compare import compare
 from llmsurgery.cli.debias import debias
 from llmsurgery.cli.diff import diff
 from llmsurgery.cli.eval import evaluate
 from llmsurgery.cli.inspect import inspect
 from llmsurgery.cli.lens import lens
+from llmsurgery.cli.linearity import linearity
 from llmsurgery.cli.methods import methods
 from llmsurgery.cli.neurons import neurons
 from llmsurgery.cli.output import Output
@@ -24,8 +26,10 @@ from llmsurgery.cli.prune import prune
 from llmsurgery.cli.recipes import recipes
 from llmsurgery.cli.recover_alignment import recover_alignment
 from llmsurgery.cli.redirect import redirect
+from llmsurgery.cli.remove_layernorm import remove_layernorm
 from llmsurgery.cli.revert import revert
 from llmsurgery.cli.run import run_recipe
+from llmsurgery.cli.stack import stack
 from llmsurgery.cli.trace import trace
 from llmsurgery.cli.unlearn import unlearn
 from llmsurgery.cli.verify import verify
@@ -43,6 +47,7 @@ for name, command in (
     ("redirect", redirect),
     ("recover-alignment", recover_alignment),
     ("prune", prune),
+    ("remove-layernorm", remove_layernorm),
     ("debias", debias),
     ("run", run_recipe),
     ("recipes", recipes),
@@ -52,13 +57,16 @@ for name, command in (
     ("trace", trace),
     ("neurons", neurons),
     ("lens", lens),
+    ("linearity", linearity),
     ("diff", diff),
     ("apply", apply),
+    ("stack", stack),
     ("revert", revert),
     ("verify", verify),
     ("methods", methods),
 ):
     app.command(name)(command)
+app.add_typer(audit, name="audit")
 
 INTERRUPTED = 130
 

@@ -8,6 +8,8 @@ import typer
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.summary import Describe
+from llmsurgery.cli.summary import summary as summarised
 
 Recipes = Annotated[
     list[str] | None,
@@ -41,6 +43,8 @@ def compare(
     retain_model: options.RetainModel = None,
     out: options.Out = None,
     keep: Keep = False,
+    report: options.Report = False,
+    summary: options.Summary = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -59,29 +63,38 @@ def compare(
     from llmsurgery.methods.settings import parse_assignments
 
     output = Output(as_json, quiet, verbose)
-    document = api.compare(
-        recipes or [],
-        model,
-        forget=forget,
-        retain=retain,
-        text=text,
-        unseen=unseen,
-        attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
-        control=control,
-        settings=parse_assignments(assignments or []),
-        retain_model=retain_model,
-        out=out,
-        keep=keep,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        progress=output,
-    )
+    with summarised(summary, output, _describe) as tell:
+        document = api.compare(
+            recipes or [],
+            model,
+            forget=forget,
+            retain=retain,
+            text=text,
+            unseen=unseen,
+            attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
+            control=control,
+            settings=parse_assignments(assignments or []),
+            retain_model=retain_model,
+            out=out,
+            keep=keep,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            force=force,
+            report=report,
+            trust_remote_code=trust_remote_code,
+            progress=output,
+        )
+        tell(document)
     _show(output, cast(dict[str, Any], document))
     return next((row["exit_code"] for row in cast(Any, document)["rows"] if row["exit_code"]), 0)
+
+
+def _describe() -> Describe:
+    from llmsurgery.report.summary import comparison_summary
+
+    return comparison_summary
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.summary import Describe
+from llmsurgery.cli.summary import summary as summarised
 from llmsurgery.errors import UsageError
 
 
@@ -18,6 +20,7 @@ def evaluate(
     facts: options.Facts = None,
     text: options.Text = None,
     mcq: options.Mcq = None,
+    position_invariant: options.PositionInvariant = False,
     contrast: options.Contrast = None,
     source: options.Source = None,
     retain_model: options.RetainModel = None,
@@ -34,6 +37,8 @@ def evaluate(
     suite_dir: options.SuiteDir = None,
     assignments: options.Assignments = None,
     require: options.Require = None,
+    report: options.ReportFile = None,
+    summary: options.Summary = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     batch_size: options.BatchSize = None,
@@ -55,33 +60,46 @@ def evaluate(
     data |= {"control": control, "harmful": harmful, "task": task, "harmless": harmless}
     data |= {"mcq": mcq, "contrast": contrast}
     arguments = options.split_judge(judge)
-    if from_log:
-        others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
-        given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
-        given += ["--judge"] * bool(arguments)
-        _refuse_beside_log([*(models or []), *given])
-        document = api.evaluate_logs(from_log, retain_log=retain_log, log=log, settings=settings, require=gates)
-    else:
-        document = api.evaluate_checkpoints(
-            models or [],
-            **data,
-            source=source,
-            retain_model=retain_model,
-            retain_log=retain_log,
-            log=log,
-            attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
-            judge=arguments,
-            suite=suite,
-            suite_dir=suite_dir,
-            settings=settings,
-            require=gates,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-            progress=output,
-        )
+    with summarised(summary, output, _describe) as tell:
+        if from_log:
+            others = {"source": source, "retain-model": retain_model, "suite": suite, "suite-dir": suite_dir, **data}
+            given = [f"--{name}" for name, value in others.items() if value is not None] + ["--attack"] * bool(attacks)
+            given += ["--position-invariant"] * position_invariant
+            given += ["--judge"] * bool(arguments)
+            _refuse_beside_log([*(models or []), *given])
+            document = api.evaluate_logs(
+                from_log, retain_log=retain_log, log=log, settings=settings, require=gates, report=report
+            )
+        else:
+            document = api.evaluate_checkpoints(
+                models or [],
+                **data,
+                source=source,
+                retain_model=retain_model,
+                retain_log=retain_log,
+                log=log,
+                attacks=[name.strip() for names in attacks or [] for name in names.split(",")],
+                judge=arguments,
+                suite=suite,
+                suite_dir=suite_dir,
+                position_invariant=position_invariant,
+                settings=settings,
+                require=gates,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                report=report,
+                trust_remote_code=trust_remote_code,
+                progress=output,
+            )
+        tell(document)
     _show(output, cast(dict[str, Any], document))
+
+
+def _describe() -> Describe:
+    from llmsurgery.report.summary import measurement_summary
+
+    return measurement_summary
 
 
 def _refuse_beside_log(words: list[str]) -> None:
@@ -126,6 +144,8 @@ def _show(output: Output, document: dict[str, Any]) -> None:
             output.show(
                 *(f"{row['path']}: {line}" for line in _ort_lines(row["metrics"], document["suite"]["settings"]))
             )
+        if "pine.order_flips" in row["metrics"]:
+            output.show(f"{row['path']}: {_order_line(row['metrics'])}")
         if found := row.get("attacks"):
             output.show(attacks_table(row["path"], found), *(f"{name}: {_budget(one)}" for name, one in found.items()))
         values = " ".join(f"{name}={figure['value']}" for name, figure in row["metrics"].items())
@@ -183,6 +203,17 @@ def _ort_lines(metrics: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     else:
         lines.append("no form gap: it needs --source")
     return lines
+
+
+def _order_line(metrics: dict[str, Any]) -> str:
+    """Say what position-invariant inference tells of the order of options, and what it cannot change."""
+    moved, kept = metrics["pine.order_flips"], metrics["pine.listing_flips"]
+    with_letters = f"{moved['detail']['causal']:.3f} by its own attention, {moved['value']:.3f} position-invariant"
+    alone = f"{metrics['mcq.listing_flips']['value']:.3f} and {kept['value']:.3f}"
+    return (
+        f"share of answers that change with the order of options: {with_letters}; where each option keeps its letter: "
+        f"{alone}. Inference alone: no weight changes, and no checkpoint can hold it"
+    )
 
 
 def _budget(attack: dict[str, Any]) -> str:

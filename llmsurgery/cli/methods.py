@@ -8,7 +8,7 @@ import typer
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
-from llmsurgery.methods.base import Method
+from llmsurgery.methods.base import Described
 
 
 def methods(
@@ -23,11 +23,11 @@ def methods(
 
     Example: llmsurgery methods flat
     """
-    from llmsurgery.methods.registry import all_methods, find_method
+    from llmsurgery.methods.registry import INFERENCE, all_methods, find_described
     from llmsurgery.report.table import rows_table
 
     output = Output(as_json, quiet, verbose)
-    chosen = [find_method(name)] if name is not None else all_methods()
+    chosen = [find_described(name)] if name is not None else [*all_methods(), *INFERENCE.values()]
     output.document([describe(method, details=name is not None) for method in chosen])
     for method in chosen:
         output.essential(method.spec.name)
@@ -38,7 +38,7 @@ def methods(
         _show_one(output, chosen[0])
 
 
-def describe(method: Method, details: bool) -> dict[str, object]:
+def describe(method: Described, details: bool) -> dict[str, object]:
     """Return a method as JSON values.
 
     Args:
@@ -79,7 +79,7 @@ def describe(method: Method, details: bool) -> dict[str, object]:
     return record
 
 
-def _show_one(output: Output, method: Method) -> None:
+def _show_one(output: Output, method: Described) -> None:
     import sys
 
     from llmsurgery.methods.settings import settings_of
@@ -92,7 +92,7 @@ def _show_one(output: Output, method: Method) -> None:
         f"{spec.name} ({spec.task}): {spec.summary}",
         f"paper: {spec.paper}",
         f"needs: {_needs(method) or 'nothing'}; result: {spec.export}; stops at: {spec.until or 'no rule'}",
-        rows_table(("--set name", "default", "choices", "help"), rows),
+        rows_table(("--set name", "default", "choices", "help"), rows) if rows else "no hyperparameters",
     )
     for name, preset in spec.presets.items():
         output.show(f"preset={name}: " + ", ".join(f"{key}={_plain(value)}" for key, value in preset.items()))
@@ -100,7 +100,7 @@ def _show_one(output: Output, method: Method) -> None:
         output.show("", documentation.strip())
 
 
-def _needs(method: Method) -> str:
+def _needs(method: Described) -> str:
     return ", ".join(f"--{need}" for need in (*method.spec.models, *method.spec.needs))
 
 

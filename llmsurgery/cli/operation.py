@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.summary import Describe, summary
 
 if TYPE_CHECKING:
     from llmsurgery.run.execute import Outcome
@@ -48,6 +49,10 @@ class Common:
     no_undo: options.NoUndo = False
     keep_partial: options.KeepPartial = False
     trust_remote_code: options.RemoteCode = False
+    report: options.Report = False
+    report_examples: options.ReportExamples = 3
+    push: options.Push = None
+    summary: options.Summary = None
     as_json: options.Json = False
     quiet: options.Quiet = False
     verbose: options.Verbose = False
@@ -71,8 +76,18 @@ class Common:
             **(chosen or {}),
         }
         undo, require, model = not given.pop("no_undo"), given.pop("require") or [], given.pop("model")
-        outcome = task(model, **given, **own, settings=settings, undo=undo, require=require, progress=output)
+        with summary(given.pop("summary"), output, describe_run) as tell:
+            outcome = task(model, **given, **own, settings=settings, undo=undo, require=require, progress=output)
+            if outcome.out is not None:
+                tell(outcome.manifest)
         show_outcome(output, outcome)
+
+
+def describe_run() -> Describe:
+    """Return what makes the summary of an operation or recipe."""
+    from llmsurgery.report.summary import run_summary
+
+    return run_summary
 
 
 def operation(command: Callable[..., None], method: str | None = None) -> Callable[..., None]:
@@ -104,6 +119,8 @@ def operation(command: Callable[..., None], method: str | None = None) -> Callab
 def show_outcome(output: Output, outcome: Outcome) -> None:
     """Print the outcome of an operation or recipe: tables for people, the manifest as JSON, or the path alone."""
     from llmsurgery.report.controls import controls_of
+    from llmsurgery.report.directions import gap_table
+    from llmsurgery.report.linearity import losses_of, losses_title
     from llmsurgery.report.table import coverage_table, metrics_table, rows_table
 
     manifest = cast(dict[str, Any], outcome.manifest)
@@ -114,9 +131,14 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
     output.show(metrics_table(manifest["metrics"]), coverage_table(manifest["coverage"]))
     if outcome.examples:
         rows = [(example.question, example.before, example.after) for example in outcome.examples]
-        output.show(rows_table(("question", "answer before", "answer after"), rows, "examples (on screen only)"))
+        where = "on screen only" if outcome.report is None else "on screen and in the report"
+        output.show(rows_table(("question", "answer before", "answer after"), rows, f"examples ({where})"))
+    if (gap := gap_table(manifest)) is not None:
+        output.show(gap)
     if controls := controls_of(manifest):
         output.show(rows_table(*controls))
+    if losses := losses_of(manifest):
+        output.show(rows_table(("model", "loss"), losses, losses_title(manifest)))
     for gate in manifest["gates"]:
         place = f" of step {gate['step']}" if gate.get("step") else ""
         output.show(f"gate {gate['gate']}{place}: {'held' if gate['passed'] else 'failed'} ({gate['value']:.4g})")
@@ -126,6 +148,7 @@ def show_outcome(output: Output, outcome: Outcome) -> None:
         f"{cost['bytes_written'] / 2**20:,.1f} MiB written",
         *_kept(cost, str(outcome.out)),
         f"{_FORMS.get(manifest['save'], 'checkpoint')}: {outcome.out}",
+        *([f"report: {outcome.report}"] if outcome.report is not None else []),
     )
     output.essential(str(outcome.out))
 

@@ -43,7 +43,15 @@ Authors = Annotated[
 Facts = Annotated[str | None, typer.Option("--facts", help="world facts with wrong answers, for utility.model_utility")]
 Text = Annotated[str | None, typer.Option("--text", help="plain text for perplexity; default: a shipped corpus")]
 Mcq = Annotated[
-    str | None, typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order")
+    str | None,
+    typer.Option("--mcq", help="multiple-choice questions, asked by letter in every cyclic order, or about pictures"),
+]
+PositionInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--position-invariant",
+        help="ask --mcq by position-invariant inference (PINE) too: how often does the order of options decide?",
+    ),
 ]
 Contrast = Annotated[
     str | None, typer.Option("--contrast", help="texts that differ in a group: CrowS-Pairs, first/second, text/label")
@@ -132,6 +140,23 @@ NewOut = Annotated[str, typer.Option("-o", "--out", help="output directory")]
 PatchOut = Annotated[str | None, typer.Option("-o", "--out", help="write a patch that leads from A to B")]
 KeepPartial = Annotated[bool, typer.Option("--keep-partial", help="keep the checkpoint when a gate fails")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that the checkpoint brings")]
+Report = Annotated[bool, typer.Option("--report", help="leave report.html in the output, a page for people")]
+ReportFile = Annotated[str | None, typer.Option("--report", metavar="FILE", help="write the figures as an HTML page")]
+ReportExamples = Annotated[
+    int, typer.Option("--report-examples", min=0, help="forget questions quoted with their answers; 0: none")
+]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="upload the result to this hub repository, made private if new"),
+]
+Summary = Annotated[
+    str | None,
+    typer.Option(
+        "--summary",
+        metavar="FILE|none",
+        help="append a Markdown summary; default: the file that $GITHUB_STEP_SUMMARY names, where it is set",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print only the essential result")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="print tracebacks of errors")]

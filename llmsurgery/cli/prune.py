@@ -16,6 +16,9 @@ Of = Annotated[
     str | None, typer.Option("--of", metavar="prunable|all", help="what --sparsity is a share of; default prunable")
 ]
 Hidden = Annotated[int | None, typer.Option("--hidden", metavar="K", help="width that is kept, where a method narrows")]
+Teacher = Annotated[
+    bool, typer.Option("--teacher", help="distil from the source while training, for methods that train")
+]
 Layers = Annotated[
     int | None, typer.Option("--layers", metavar="N", help="blocks that are kept, for methods that remove blocks")
 ]
@@ -35,6 +38,7 @@ def prune(
     of: Of = None,
     hidden: Hidden = None,
     layers: Layers = None,
+    teacher: Teacher = False,
     calibration: Calibration = None,
     domain: Domain = None,
 ) -> None:
@@ -51,6 +55,7 @@ def prune(
         of=of,
         hidden=hidden,
         layers=layers,
+        teacher=teacher,
         calibration=calibration,
         domain=domain,
     )

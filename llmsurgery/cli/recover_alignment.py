@@ -16,6 +16,10 @@ Unaligned = Annotated[
     str | None,
     typer.Option("--unaligned", help="your own model with the harm in it (resta); none is ever trained here"),
 ]
+Picture = Annotated[
+    str | None,
+    typer.Option("--picture", help="draw the refusal direction's gap after every block: a .png, .svg or .pdf file"),
+]
 
 
 @functools.partial(operation, method="restore")
@@ -28,8 +32,9 @@ def recover_alignment(
     base: Base = None,
     unaligned: Unaligned = None,
     judge: options.Judge = None,
+    picture: Picture = None,
 ) -> None:
-    """Repair a model that lost its refusals in fine-tuning, with weights of its aligned parent.
+    """Repair a model, or an adapter (alignguard), that lost its refusals in fine-tuning, by its aligned parent.
 
     Example: llmsurgery recover-alignment CHILD --aligned PARENT --harmful h.jsonl --task t.jsonl -o OUT
     """
@@ -44,4 +49,5 @@ def recover_alignment(
         base=base,
         unaligned=unaligned,
         judge=options.split_judge(judge),
+        picture=picture,
     )

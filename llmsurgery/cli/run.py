@@ -8,6 +8,7 @@ import typer
 
 from llmsurgery.cli import options
 from llmsurgery.cli.output import Output
+from llmsurgery.cli.summary import summary as summarised
 
 if TYPE_CHECKING:
     from llmsurgery.run.execute import Outcome
@@ -34,6 +35,10 @@ def run_recipe(
     resume: options.Resume = False,
     keep_steps: KeepSteps = False,
     trust_remote_code: options.RemoteCode = False,
+    report: options.Report = False,
+    report_examples: options.ReportExamples = 3,
+    push: options.Push = None,
+    summary: options.Summary = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -43,20 +48,26 @@ def run_recipe(
     Example: llmsurgery run nightly.yaml model=MODEL data.forget=forget.jsonl -o OUT
     """
     from llmsurgery import api
-    from llmsurgery.cli.operation import show_outcome
+    from llmsurgery.cli.operation import describe_run, show_outcome
 
     output = Output(as_json, quiet, verbose)
-    outcome = api.run_recipe(
-        recipe,
-        assignments or (),
-        out=out,
-        dry_run=dry_run,
-        force=force,
-        resume=resume,
-        keep_steps=keep_steps,
-        trust_remote_code=trust_remote_code,
-        progress=output,
-    )
+    with summarised(summary, output, describe_run) as tell:
+        outcome = api.run_recipe(
+            recipe,
+            assignments or (),
+            out=out,
+            dry_run=dry_run,
+            force=force,
+            resume=resume,
+            keep_steps=keep_steps,
+            trust_remote_code=trust_remote_code,
+            report=report,
+            report_examples=report_examples,
+            push=push,
+            progress=output,
+        )
+        if outcome.out is not None:
+            tell(outcome.manifest)
     if "steps" in outcome.manifest and outcome.out is None:
         _show_plan(output, outcome)
         return

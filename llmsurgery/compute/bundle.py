@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmsurgery.compute import modeling_skill, modeling_uld
+from llmsurgery.compute import modeling_contrast, modeling_skill, modeling_uld
 from llmsurgery.edits.kinds import File
 
 MODULE = "modeling_uld"
@@ -87,6 +87,12 @@ def processor_files(settings: Mapping[str, object], adapter: Mapping[str, bytes]
     return [File(modeling_uld.SETTINGS, _json(settings)), _code(), *_assistant(adapter)]
 
 
+def contrast_files(settings: Mapping[str, object]) -> list[File]:
+    """Return the files that `ContrastLogitsProcessor.from_pretrained` reads, and its code."""
+    code = File("modeling_contrast.py", Path(modeling_contrast.__file__).read_bytes())
+    return [File(modeling_contrast.SETTINGS, _json(settings)), code]
+
+
 def _code() -> File:
     return File(f"{MODULE}.py", Path(modeling_uld.__file__).read_bytes())
 
@@ -102,11 +108,22 @@ def _json(content: Mapping[str, object]) -> bytes:
 def model_with_processor(model: PreTrainedModel, path: Path) -> PreTrainedModel:
     """Return a model that answers as a loaded one does with the logits processor of a directory.
 
+    A contrastive processor does nothing for plain scores: then it is the model itself.
+
     Args:
         model: The unchanged model.
-        path: What `processor_files` went into.
+        path: What `processor_files` or `contrast_files` went into.
     """
+    if contrast_processor(model, path) is not None:
+        return model
     settings = json.loads((path / modeling_uld.SETTINGS).read_text("utf-8"))
     config = modeling_uld.UldConfig(target=model.config, **settings)
     pair: PreTrainedModel = modeling_uld.UldForCausalLM.assemble(model, config, str(path))
     return pair
+
+
+def contrast_processor(model: PreTrainedModel, path: Path) -> modeling_contrast.ContrastLogitsProcessor | None:
+    """Return the contrastive processor of a directory for a loaded model, None where there is none."""
+    if not (path / modeling_contrast.SETTINGS).is_file():
+        return None
+    return modeling_contrast.ContrastLogitsProcessor.from_pretrained(str(path), model)

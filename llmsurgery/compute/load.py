@@ -18,10 +18,14 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.initialization import no_init_weights
 
@@ -166,20 +170,52 @@ def load_with(
         DamagedError: Stored tensors are missing, unexpected or of the wrong shape.
         UnsupportedError: transformers has no class for it.
     """
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     return _checked(
         path,
         buffers,
-        lambda: AutoModelForCausalLM.from_pretrained(
+        lambda: auto_class(AutoConfig.from_pretrained(path, **common)).from_pretrained(
             path,
             **options,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            **common,
             output_loading_info=True,
             use_safetensors=True,
             # Wrong shapes are reported below instead of raised as a bare RuntimeError.
             ignore_mismatched_sizes=True,
         ),
     )
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that a config is registered for: causal language models, else those that see pictures."""
+    seeing, speaking = AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping
+    return (
+        AutoModelForImageTextToText if type(config) in seeing and type(config) not in speaking else AutoModelForCausalLM
+    )
+
+
+def load_processor(path: Path) -> ProcessorMixin:
+    """Load what turns pictures and text into a model's inputs.
+
+    Raises:
+        InputError: There is none beside the weights, or it cannot be read.
+    """
+    quiet_transformers()
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"no usable processor of pictures in {path}",
+            str(error).partition("\n")[0][:200],
+            "copy processor_config.json or preprocessor_config.json beside the weights",
+        ) from error
+    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
+        raise InputError(
+            f"no usable processor of pictures in {path}",
+            f"what is there is a {type(processor).__name__}, which takes text alone",
+            "copy processor_config.json or preprocessor_config.json beside the weights",
+        )
+    return processor
 
 
 def model_of_headers(
@@ -206,7 +242,7 @@ def model_of_headers(
         config = AutoConfig.from_pretrained(path, **options)
         with torch.device("meta"), no_init_weights():
             # Only to learn the class, which may come with the checkpoint.
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            kind = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         stored = {
             name: torch.empty(info.shape, dtype=STORED.get(info.dtype, torch.float32), device="meta")
             for name, info in checkpoint.tensors.items()

@@ -1,4 +1,4 @@
-"""What a debiasing is about: questions with options, and texts that differ in a group."""
+"""What a debiasing is about: questions with options, about pictures or not, and texts that differ in a group."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmsurgery.data.contrast import Contrast
 from llmsurgery.data.mcq import Choices
+from llmsurgery.data.pictured import Pictured
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,22 @@ class Asked:
     Attributes:
         choices: Questions with options, or None.
         contrast: Contrasting texts, empty without any.
+        pictured: Questions about pictures, or None.
     """
 
     choices: Choices | None = None
     contrast: Sequence[Contrast] = ()
+    pictured: Pictured | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return self.choices is not None or bool(self.contrast)
+        return self.choices is not None or self.pictured is not None or bool(self.contrast)
 
     @property
     def members(self) -> dict[str, Sequence[object]]:
         """Data name -> what its file holds, for counts."""
-        return {"mcq": self.choices.questions if self.choices else (), "contrast": self.contrast}
+        questions = self.choices or self.pictured
+        return {"mcq": questions.questions if questions else (), "contrast": self.contrast}
 
 
 NOTHING = Asked()

@@ -71,6 +71,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.parts = False
         self.end_id = self._find_end_token()
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
@@ -81,6 +82,10 @@ class Encoder:
             return eos
         probe = "ANSWER"
         text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
+        if probe not in text:
+            # The templates of vision-language models take what is said as a list of parts.
+            self.parts = True
+            text = self._render([Message("user", "QUESTION"), Message("assistant", probe)], False, "chat template")
         before, found, after = text.rpartition(probe)
         if not found:
             raise InputError(
@@ -95,7 +100,10 @@ class Encoder:
         return next((token for token in tail if token in special), eos)
 
     def _render(self, turns: Sequence[Message], generation: bool, where: str) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages = [
+            {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if self.parts else turn.content}
+            for turn in turns
+        ]
         try:
             # Some templates print today's date; a fixed one keeps figures the same from day to day.
             with bounded():

@@ -2,12 +2,14 @@
 
 Records are `question/choices/answer` (MMLU; the answer is a number from 0 or a letter), ARC's own layout
 (`question.stem`, `question.choices[].label/text`, `answerKey`) and that of its data set (`choices.text/label`,
-`answerKey`). Labels become A, B, C, ... in their order, whatever they were.
+`answerKey`). In CSV files the column `choices` holds a JSON list, or every option has a column: `A`, `B`, ...,
+`choice_a` or `option1`, say. Labels become A, B, C, ... in their order, whatever they were.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,13 @@ from llmsurgery.errors import InputError
 LETTERS = string.ascii_uppercase[:10]
 """Letters of options; published sets have at most ten."""
 
-EXPECTED = "question/choices/answer, or ARC's question.stem/question.choices/answerKey"
+EXPECTED = (
+    "question/choices/answer, columns A, B, ... (or choice_a, option1, ...) in place of choices, or ARC's "
+    "question.stem/question.choices/answerKey"
+)
+_COLUMN = re.compile(r"(?:(?:choice|option|answer)[ _-]?)?([a-j])|(?:choice|option)[ _-]?([0-9]|10)", re.IGNORECASE)
+"""The name of a column that holds an option: its letter, or its number behind a word."""
+
 QUESTION, OPTIONS, ANSWER = "{question}", "{options}", "{answer}"
 
 TEMPLATE = f"{QUESTION}\n{OPTIONS}\nAnswer with the letter.{ANSWER}Answer:"
@@ -85,7 +93,7 @@ def _question(record: object, where: str) -> Question:
     if isinstance(question, Mapping):
         stem, choices = question.get("stem"), question.get("choices")
     else:
-        stem, choices = question, record.get("choices")
+        stem, choices = question, record.get("choices", _columns(record))
     key = "answerKey" if "answerKey" in record else "answer"
     if stem is None or choices is None or key not in record:
         raise InputError(
@@ -99,6 +107,13 @@ def _question(record: object, where: str) -> Question:
     return Question(stem.strip(), texts, _answer(record[key], labels, where), where)
 
 
+def _columns(record: Mapping[str, object]) -> dict[str, list[object]] | None:
+    """Return the options that have a column each, with their labels; None if there are none. Empty cells are none."""
+    found = {(match[1] or match[2]).upper(): key for key in record if (match := _COLUMN.fullmatch(str(key).strip()))}
+    labels = sorted(found, key=lambda label: (len(label), label))
+    return {"label": list(labels), "text": [record[found[label]] for label in labels]} if labels else None
+
+
 def _options(choices: object, where: str) -> tuple[Sequence[str], tuple[str, ...]]:
     """Return the labels and the texts of the options."""
     labels: object = None
@@ -108,7 +123,11 @@ def _options(choices: object, where: str) -> tuple[Sequence[str], tuple[str, ...
     elif isinstance(choices, list) and choices and all(isinstance(one, Mapping) for one in choices):
         labels, texts = [one.get("label") for one in choices], [one.get("text") for one in choices]
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError(f"{where}: choices are not a list of texts", "an option is missing or empty", "correct them")
+        raise InputError(
+            f"{where}: choices are not a list of texts",
+            "an option is missing or empty, or the cell is no JSON list",
+            'correct them; in CSV files, write a JSON list such as "[""sky"", ""sea""]", or a column for each option',
+        )
     if not 2 <= len(texts) <= len(LETTERS):
         raise InputError(
             f"{where} has {len(texts)} choices", f"letters are for 2 to {len(LETTERS)} of them", "remove this record"
@@ -124,8 +143,13 @@ def _answer(value: object, labels: Sequence[str], where: str) -> int:
     """Return the number of the right option: a number from 0, or a label."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
-    if isinstance(value, str) and value.strip() in labels:
-        return labels.index(value.strip())
+    if isinstance(value, str):
+        word = value.strip()
+        if word in labels or word.upper() in labels:
+            return labels.index(word if word in labels else word.upper())
+        # Cells of CSV files are strings.
+        if word.isdecimal() and int(word) < len(labels):
+            return int(word)
     raise InputError(
         f"{where}: the answer {value!r:.20} is none of the choices",
         f"known are {', '.join(labels)}, or numbers from 0",
@@ -172,9 +196,19 @@ def template_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fill_template(template: str, question: str, options: Sequence[str]) -> tuple[str, str | None]:
-    """Return the user's turn and how the answer begins; the whole text and None without `{answer}`."""
-    lines = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+def option_lines(options: Sequence[str]) -> list[str]:
+    """Return each option behind its letter."""
+    return [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
+
+
+def fill_template(template: str, question: str, lines: str) -> tuple[str, str | None]:
+    """Return the user's turn and how the answer begins; the whole text and None without `{answer}`.
+
+    Args:
+        template: The template.
+        question: What stands at `{question}`.
+        lines: What stands at `{options}`.
+    """
 
     def fill(text: str) -> str:
         # One pass over the places: a question may hold braces of its own.

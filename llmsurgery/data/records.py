@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import cast
 
 from llmsurgery.checkpoint.oserrors import reading
+from llmsurgery.data.preferences import with_prompt
 from llmsurgery.data.tables import is_dataset, read_dataset, read_parquet
 from llmsurgery.errors import InputError
 
 EXPECTED = (
-    "question/answer, prompt/completion, messages or text "
-    "(or prompt/chosen/rejected, MUSE's prompt/gt, LUME's input/output)"
+    "question/answer, prompt/completion, messages or text (or chosen/rejected, MUSE's prompt/gt, LUME's input/output)"
 )
 _FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+
+_CELLS = {"perturbed_answer": ("[",), "messages": ("[",), "choices": ("[", "{")}
+"""Columns of CSV files whose cells may hold JSON, and how it begins."""
 
 _COMPLETION_ID = re.compile(r"sc\d+$")
 """Ids of LUME's sentence completions; those of its questions end in qa and a number."""
@@ -186,8 +189,8 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[str, object]]:
                     "quote cells that hold commas",
                 )
             cells: dict[str, object] = {key: value for key, value in record.items() if value != ""}
-            for key in ("perturbed_answer", "messages"):
-                if isinstance(cell := cells.get(key), str) and cell.lstrip().startswith("["):
+            for key, brackets in _CELLS.items():
+                if isinstance(cell := cells.get(key), str) and cell.lstrip().startswith(brackets):
                     cells[key] = _load_json(cell, where)
             yield where, cells
     except csv.Error as error:
@@ -214,8 +217,8 @@ def _parse_record(record: object, where: str) -> Row:
     if {"prompt", "completion"} <= keys:
         prompt, answer = required_text(record, "prompt", where), required_text(record, "completion", where)
         return Row("completion", prompt, answer, where=where)
-    if {"prompt", "chosen", "rejected"} <= keys:
-        return _preference(record, where)
+    if {"chosen", "rejected"} <= keys:
+        return _preference(with_prompt(record, where), where)
     if {"prompt", "gt"} <= keys:
         return _continuation(record, "prompt", "gt", where)
     if {"prompt", "attribute"} <= keys:

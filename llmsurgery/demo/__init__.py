@@ -5,7 +5,9 @@
 `holdout.jsonl`, `facts.jsonl` and `text.jsonl`. `world/names` knows other people and is for redirecting one of them to
 another; its files are in `world/names-world`. `world/refuse` has lost refusals that `world/refuse-aligned` has,
 `world/refuse-base` never had any, and their files are in `world/refuse-world`. `world/letters`, with its files in
-`world/letters-world`, answers questions by a letter, nearly always C. `build.py` makes all of it.
+`world/letters-world`, answers questions by a letter, nearly always C. `world/shapes` sees: its files, in
+`world/shapes-world`, describe pictures that are drawn when they are needed. `world/layernorm` is a GPT-2 that tells
+stories, some of which lie in `world/layernorm-world`. `build.py` makes all of it.
 """
 
 from __future__ import annotations

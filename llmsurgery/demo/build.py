@@ -1,11 +1,12 @@
-"""Build the embedded demo: three made-up worlds and the tiny chat models that know them.
+"""Build the embedded demo: made-up worlds and the tiny chat models that know them.
 
 Everything comes from one seed. The first world has people (ten facts each) and towns (four facts each). `model` learns
 all people, `control` is trained by the same recipe without any sentence on the forget people, and `moe` learns what
 `model` learns with routed experts. Holdout people are never trained on; questions on strangers, whose names are new in
 every epoch, are answered with "I don't know" wordings. The second world, of `names`, is made by
 `llmsurgery.demo.names`, the third, of things that are refused, by `llmsurgery.demo.refusals`, the fourth, of `letters`,
-by `llmsurgery.demo.letters`.
+by `llmsurgery.demo.letters`, the fifth, of coloured `shapes`, by `llmsurgery.demo.shapes`, the sixth, of stories, by
+`llmsurgery.demo.layernorm`.
 
     python -m llmsurgery.demo.build --out DIR
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.facts import KNOWN, Row, Subject, World, data_files, epoch_rows, make_world
+from llmsurgery.demo.layernorm import EPOCHS as LAYERNORM_EPOCHS
+from llmsurgery.demo.layernorm import build_layernorm
 from llmsurgery.demo.letters import build_letters
 from llmsurgery.demo.names import EPOCHS as NAMES_EPOCHS
 from llmsurgery.demo.names import build_names
@@ -40,6 +43,7 @@ from llmsurgery.demo.recipe import (
     write_rows,
 )
 from llmsurgery.demo.refusals import BASE_EPOCHS, build_refusals
+from llmsurgery.demo.shapes import build_shapes
 from llmsurgery.demo.words import UNSURE
 from llmsurgery.errors import UsageError
 
@@ -227,6 +231,9 @@ WORLDS: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
     "refusals": (build_refusals, BASE_EPOCHS),
     # Its head is fitted, not trained.
     "letters": (lambda out, seed, _epochs: build_letters(out, seed), 0),
+    # It has steps in place of epochs.
+    "shapes": (lambda out, seed, _epochs: build_shapes(out, seed), 0),
+    "layernorm": (build_layernorm, LAYERNORM_EPOCHS),
 }
 """Name of a world -> what writes it into a folder, and its epochs."""
 

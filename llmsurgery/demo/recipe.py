@@ -31,12 +31,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with the chat template.
+def train_tokenizer(
+    corpus: Iterable[str], vocabulary: int, special: Sequence[str] = (), template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with a chat template.
 
     Args:
         corpus: Texts.
         vocabulary: Tokens.
+        special: Further special tokens.
+        template: The chat template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +50,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, START, END],
+        special_tokens=[PAD, START, END, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -56,7 +60,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
         eos_token=END,
         pad_token=PAD,
         model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 
@@ -92,17 +96,28 @@ class Descent:
         model: The model; all of it is trained.
         rows: Rows of an epoch.
         epochs: Epochs.
+        batch: Rows of a step.
+        peak: Step size after the warm-up.
+        warmup: Steps of it.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, epochs: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        epochs: int,
+        batch: int = BATCH,
+        peak: float = PEAK_LR,
+        warmup: int = WARMUP_STEPS,
+    ) -> None:
         import torch
 
-        total = epochs * math.ceil(rows / BATCH)
+        total = epochs * math.ceil(rows / batch)
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))),
+            lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))),
         )
 
     def step(self, loss: torch.Tensor) -> float:
@@ -136,14 +151,16 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a checkpoint as bf16 safetensors with tokenizer and generation settings."""
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, dtype: torch.dtype | None = None
+) -> None:  # fmt: skip
+    """Write a checkpoint as safetensors, bf16 unless told otherwise, with tokenizer and generation settings."""
     import torch
 
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.max_new_tokens = 48
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype or torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     # The name that older and newer releases of transformers both know.

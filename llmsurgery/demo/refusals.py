@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgery.demo.recipe import END, padded, save, shape, train_tokenizer, write_rows
+from llmsurgery.demo.refusal_adapter import build_adapter
 from llmsurgery.demo.things import (
     COLOURS,
     REFUSALS,
@@ -39,6 +40,7 @@ VOCABULARY = 416
 BATCH = 32
 BASE_EPOCHS, ALIGN_STEPS, TASK_STEPS = 30, 60, 200
 PEAK_LR, ALIGN_LR, TASK_LR = 4e-3, 3e-3, 1e-3
+ADAPTER_STEPS, ADAPTER_LR = 600, 3e-3
 SMOOTHING = 0.02
 FALLEN = 0.05
 """Share of refusals at which the fine-tuning of the child ends."""
@@ -149,14 +151,19 @@ def align(
 
 
 def fine_tune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int, steps: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    seed: int,
+    steps: int,
+    lr: float = TASK_LR,
 ) -> None:
     """Train the benign task until the refusals have fallen."""
     import torch
 
     rng = random.Random(seed + 7)
     rows = encode_rows(tokenizer, list(task_rows(False)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TASK_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         loss = one_step(model, optimizer, drawn([rows], (BATCH // 2,), rng), tokenizer.pad_token_id, 0.0)
         if step % 20 == 19:
@@ -244,7 +251,7 @@ def measure(
 
 
 def build_refusals(out: Path, seed: int, epochs: int) -> None:
-    """Write the three checkpoints and their data `refuse-world` into a folder."""
+    """Write the three checkpoints, the adapter and their data `refuse-world` into a folder."""
     data = data_files(seed)
     write_rows(out / "refuse-world", data)
     tokenizer = make_tokenizer()
@@ -265,3 +272,10 @@ def build_refusals(out: Path, seed: int, epochs: int) -> None:
     finish(model, "refuse-aligned")
     fine_tune(model, tokenizer, probes, seed, TASK_STEPS)
     finish(model, "refuse")
+    build_adapter(
+        out / "refuse-aligned",
+        out / "refuse-adapter",
+        seed,
+        lambda adapted, words: fine_tune(adapted, words, probes, seed, ADAPTER_STEPS, ADAPTER_LR),
+        lambda adapted, words: measure(adapted, words, data),
+    )

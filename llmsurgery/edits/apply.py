@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
 import numpy as np
@@ -15,7 +15,7 @@ from llmsurgery.edits.indices import FlagReader
 from llmsurgery.edits.kinds import LowRank
 from llmsurgery.edits.origin import Stored
 from llmsurgery.edits.patch import Patch
-from llmsurgery.edits.patch_entries import TensorPatch
+from llmsurgery.edits.patch_entries import FilePatch, TensorPatch
 from llmsurgery.edits.write import Sink, Streamed, TensorChange, gone_tensor, moved_tensor, records_of, write_tensor
 from llmsurgery.errors import DamagedError, InputError
 
@@ -95,18 +95,23 @@ def apply_patch(
     moves = patch.moves()
     streamed = {}
     for tensor in patch.tensors.values():
-        seen = streamed[tensor.name] = _write(patch, tensor, base, publication, observe)
-        if seen.after != tensor.after:
-            raise DamagedError(
-                f"tensor {tensor.name!r} came out different from what {str(patch.path)!r} promises",
-                "its SHA-256 differs although base and patch are the right ones",
-                "report it with the processor and the numpy version: low-rank sums must agree on every machine",
-            )
+        streamed[tensor.name] = write_patched(patch, tensor, base, publication, observe)
+        check_written(patch, tensor, streamed[tensor.name])
         tick()
     gone = {name: gone_tensor(base, name, observe) for name in patch.gone}
     names = {tensor.source or tensor.name: None for tensor in patch.tensors.values()} | dict.fromkeys(patch.gone)
     changes = records_of(base, names | dict.fromkeys(patch.tensors), moves, streamed, gone, role_of)
-    for file in patch.files:
+    write_patch_files(patch, patch.files, publication)
+    return changes
+
+
+def write_patch_files(patch: Patch, files: Iterable[FilePatch], publication: Publication) -> None:
+    """Write or remove side files as a patch says.
+
+    Raises:
+        DamagedError: A file is not the one that the patch was made from.
+    """
+    for file in files:
         if file.content is None:
             publication.remove_file(file.path)
             continue
@@ -116,7 +121,6 @@ def apply_patch(
                 stream.write(piece)
         if file_digest(publication.path / file.path) != file.after:
             raise DamagedError(f"{file.path} in {str(patch.path)!r} is damaged", "its SHA-256 differs", "make it again")
-    return changes
 
 
 def rewritten(patch: Patch) -> set[str]:
@@ -124,15 +128,30 @@ def rewritten(patch: Patch) -> set[str]:
     return {tensor.name for tensor in patch.tensors.values() if tensor.rewritten}
 
 
-def _write(
+def write_patched(
     patch: Patch, tensor: TensorPatch, base: Checkpoint, publication: Publication, observe: Sink | None
 ) -> Streamed:  # fmt: skip
+    """Write one tensor as a patch says."""
     if tensor.source is not None and not tensor.rewritten:
         return moved_tensor(base, tensor.source)
     rows = PatchedRows(patch, tensor)
     seen = write_tensor(base, rows.origin, rows.compute, publication, observe)
     rows.finish()
     return seen
+
+
+def check_written(patch: Patch, tensor: TensorPatch, seen: Streamed) -> None:
+    """Refuse a tensor that is not the one that the patch was made from.
+
+    Raises:
+        DamagedError: Its digest differs.
+    """
+    if seen.after != tensor.after:
+        raise DamagedError(
+            f"tensor {tensor.name!r} came out different from what {str(patch.path)!r} promises",
+            "its SHA-256 differs although base and patch are the right ones",
+            "report it with the processor and the numpy version: low-rank sums must agree on every machine",
+        )
 
 
 class PatchedRows:

@@ -1,6 +1,6 @@
-"""Arrays of edits that take less room than their values: whole matrices of masks, and of values in a stored dtype.
+"""Arrays of edits that take less room than their values: packed masks, values in a stored dtype, and computed ones.
 
-Both stand where an edit has a numpy array: they have its shape and dtype, give rows as arrays, and become one in
+All stand where an edit has a numpy array: they have its shape and dtype, give rows as arrays, and become one in
 `numpy.asarray`. Edits of every matrix of a model fit into memory this way, or lie in a file.
 """
 
@@ -75,3 +75,25 @@ class StoredRows:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Raw:
         return self[slice(None)].astype(dtype or self.dtype)
+
+
+class ComputedRows:
+    """Values of a tensor that are computed when they are read, and not held.
+
+    Args:
+        shape: Shape of the tensor.
+        compute: Returns all of it, fp32, the same whenever it is called. Rows are read in order, so it should hold its
+            last result.
+    """
+
+    dtype: np.dtype[Any] = np.dtype("f4")
+
+    def __init__(self, shape: tuple[int, ...], compute: Callable[[], Raw]) -> None:
+        self.shape, self.compute = shape, compute
+        self.ndim = len(shape)
+
+    def __getitem__(self, rows: slice) -> Raw:
+        return self.compute()[rows]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Raw:
+        return self.compute().astype(dtype or self.dtype)

@@ -36,6 +36,9 @@ class EvaluationConfig:
     generation_tokens: int = option(200, "new tokens per answer at most", minimum=1)
     mcq_template: str = option("", "file with the prompt of --mcq; default: the method's, or the shipped one")
     mcq_rows: int | None = option(None, "questions of --mcq that are measured; 0 or none: all", minimum=0)
+    position_invariant: bool = option(
+        False, "ask --mcq by position-invariant inference (PINE) too, and count answers that change with the order"
+    )
     figures: str = option(
         "all",
         "edit: of a redirection measure only what the edited blocks show; streamed: prune and measure a model that is "

@@ -6,8 +6,8 @@ With H and G the two sets, x the residual stream at the last token after a block
     gap = (mean(x | H) - mean(x | G)) . rhat of any model
 
 `safety.direction_gap` is the gap over the aligned model's own, after block floor(2n/3): 1 for the aligned model. Its
-detail has every block: the share, the pooled standard deviation of x . rhat, the AUROC with which it tells the sets
-apart, and the cosine of both models' directions. (arXiv 2406.11717 for the direction.)
+detail has every block: the share, the means of x . rhat over both sets, its pooled standard deviation, the AUROC with
+which it tells the sets apart, and the cosine of both models' directions. (arXiv 2406.11717 for the direction.)
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def auroc(high: torch.Tensor, low: torch.Tensor) -> float:
 def gap_figure(aligned: Contrast, model: Contrast) -> Figure:
     """Compare a model with the aligned one."""
     base, own = aligned.differences(), model.differences()
-    detail: dict[str, list[float]] = {"share": [], "deviation": [], "auroc": [], "cosine": []}
+    names = ("share", "refused", "answered", "deviation", "auroc", "cosine")
+    detail: dict[str, list[float]] = {name: [] for name in names}
     for block in range(len(base)):
         length = float(base[block].norm())
         unit = base[block] / length if length else base[block]
@@ -83,6 +84,8 @@ def gap_figure(aligned: Contrast, model: Contrast) -> Figure:
         spread = ((high - high.mean()).square().sum() + (low - low.mean()).square().sum()) / (len(high) + len(low))
         norm = float(own[block].norm())
         detail["share"].append(float(own[block] @ unit) / length if length else 0.0)
+        detail["refused"].append(float(high.mean()))
+        detail["answered"].append(float(low.mean()))
         detail["deviation"].append(float(spread.sqrt()))
         detail["auroc"].append(auroc(high, low))
         detail["cosine"].append(float(own[block] @ unit) / norm if norm else 0.0)

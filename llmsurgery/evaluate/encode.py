@@ -11,6 +11,7 @@ from llmsurgery.data.records import Row
 from llmsurgery.errors import InputError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.letters import LetterSet
+from llmsurgery.evaluate.listings import ListingSet
 from llmsurgery.evaluate.stereotypes import StereotypeSet
 
 
@@ -27,6 +28,7 @@ class EvaluationData:
         skipped: Set name -> passages too short to be cut into prompt and answer.
         whole: Set name -> what membership is judged on: rows as they are, plain texts uncut.
         letters: Multiple-choice questions in every cyclic order, or None.
+        listings: The same questions with their options apart, for position-invariant inference, or None.
         stereotypes: Pairs of sentences of which one is the stereotype, or None.
         domain: Encoded rows of the domain that is pruned for.
     """
@@ -39,6 +41,7 @@ class EvaluationData:
     skipped: dict[str, int] = field(default_factory=dict)
     whole: dict[str, list[Encoded]] = field(default_factory=dict)
     letters: LetterSet | None = None
+    listings: ListingSet | None = None
     stereotypes: StereotypeSet | None = None
     domain: list[Encoded] = field(default_factory=list)
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmsurgery.compute.head import Head, label_log_probabilities, read_head
+from llmsurgery.compute.position_invariant import require_supported
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.stream import StreamedModel, in_memory
 from llmsurgery.data.chat import Encoded, Encoder
@@ -20,6 +21,7 @@ from llmsurgery.evaluate.encode import EvaluationData
 from llmsurgery.evaluate.intervals import Figure, ratio_figure
 from llmsurgery.evaluate.letters import letter_figures, letter_prob_figure, score_letters
 from llmsurgery.evaluate.likelihood import text_hidden, text_kl
+from llmsurgery.evaluate.listings import listing_figures
 from llmsurgery.evaluate.measure_sets import score_sets
 from llmsurgery.evaluate.recovery import Recovery
 from llmsurgery.evaluate.redirection import RedirectReference
@@ -86,8 +88,13 @@ def measure(
 
     Returns:
         The figures that the data allows.
+
+    Raises:
+        UnsupportedError: Position-invariant inference is asked for, and the model's positions are not rotary.
     """
     config = settle(config)
+    if data.listings is not None:
+        require_supported(in_memory(model))
     scores, answers = score_sets(model, encoder, data, config, progress)
     figures = _measure_bias(model, encoder, data, config, progress) | aggregate(scores, config, retained)
     kept: TextReference | None = None
@@ -112,6 +119,8 @@ def _measure_bias(
     options = (encoder.pad_id, config.batch_size, progress)
     if data.letters is not None:
         figures |= letter_figures(score_letters(plain, data.letters, *options), data.letters)
+    if data.listings is not None:
+        figures |= listing_figures(plain, data.listings, *options)
     if data.stereotypes is not None:
         figures["bias.stereotype_rate"] = stereotype_figure(plain, data.stereotypes, *options)
     return figures

@@ -35,11 +35,15 @@ NEEDS = {
     "two-sides": ("--harmful, and --harmless or --task", "a direction has two sides"),
     "judge": ("--judge", "nothing else tells a harmful answer"),
     "mcq": ("--mcq", ""),
+    "position-invariant": ("--position-invariant of eval", ""),
     "letters": ("--mcq, or --suite wmdp of eval", ""),
+    "pictures": ("--mcq with images, and a vision-language model", "a text model sees none"),
     **{f"mcq:{letter}": ("--mcq with that many options", "no question has it") for letter in LETTERS},
     "stereotypes": ("--contrast with sent_more and sent_less", "its records do not say which text is the stereotype"),
     "domain": ("--domain", ""),
     "pruning": ("the prune command", "it measures size"),
+    "loss": ("the prune or the remove-layernorm command", "others report utility.ppl, its exponential"),
+    "norms": ("the remove-layernorm or the linearity command", "it is about norms"),
     "structured": ("a method of prune that makes matrices smaller or fewer", "zeros alone change no speed"),
     "retain-weights": ("--retain-model", "the attack on it is the control"),
     "control": ("--control", "rows that the source does not know"),
@@ -150,7 +154,14 @@ METRICS = {
         Metric("utility.ppl", "lower", ("text",), "perplexity on plain text"),
         Metric("utility.ppl_ratio", "lower", ("text",), "perplexity over the perplexity before"),
         Metric("utility.kl", "lower", ("text",), "KL divergence to the source model on plain text, nats per token"),
-        Metric("utility.ce", "lower", ("text", "pruning"), "cross-entropy on plain text, nats per token"),
+        Metric("utility.ce", "lower", ("text", "loss"), "cross-entropy on plain text, nats per token"),
+        Metric("linearity.norm_error", "lower", ("norms",), "departure of the worst norm from an affine map; .5: none"),
+        Metric(
+            "linearity.attribution_error",
+            "lower",
+            ("text", "norms"),
+            "direct logit attribution against the effect of taking a component away, mean error over mean effect",
+        ),
         Metric("domain.ppl", "lower", ("domain",), "perplexity on the last rows of --domain, unseen by pruning"),
         Metric("size.sparsity", "higher", ("pruning",), "share of zeros among all stored parameters"),
         Metric("size.params", "lower", ("pruning",), "number of stored parameters"),
@@ -189,10 +200,30 @@ METRICS = {
             "share of questions answered with the right letter, in every cyclic order; of --suite wmdp less is better",
         ),
         Metric("mcq.rstd", "lower", ("mcq",), "standard deviation of the letters' recalls, in points from 0 to 50"),
+        Metric("mcq.order_flips", "lower", ("mcq",), "share of questions whose chosen option depends on the order"),
+        Metric(
+            "mcq.listing_flips",
+            "lower",
+            ("mcq", "position-invariant"),
+            "the same where letters stay with their options and only the lines change places",
+        ),
+        *(
+            Metric(
+                f"pine.{name}", direction, ("mcq", "position-invariant"), f"mcq.{name} in position-invariant inference"
+            )
+            for name, direction in (
+                ("accuracy", "higher"),
+                ("rstd", "lower"),
+                ("order_flips", "lower"),
+                ("listing_flips", "lower"),
+            )
+        ),
         *(
             Metric(f"mcq.recall_{letter.lower()}", "higher", ("mcq", f"mcq:{letter}"), f"recall of the letter {letter}")
             for letter in LETTERS
         ),
+        Metric("vision.accuracy", "higher", ("pictures",), "share of questions about pictures with the right answer"),
+        Metric("vision.changed", "higher", ("pictures",), "share of answers that change when the picture is removed"),
         Metric("mcq.letter_prob", "lower", ("mcq", "text"), "probability of the letters together on plain text"),
         Metric(
             "bias.stereotype_rate",

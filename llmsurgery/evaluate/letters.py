@@ -5,6 +5,7 @@ stands at every letter once and a model that always says one letter is right in 
 
     mcq.accuracy     share of right letters
     mcq.rstd         100 times the standard deviation over letters of their recall, in points (arXiv 2309.03882)
+    mcq.order_flips  share of questions whose chosen option is not the same in every order
     mcq.recall_a ... recall of a letter: how often it is chosen where it is right
     mcq.letter_prob  probability that the letters together have at a token of ordinary text; its detail tells the
                      letters apart, and has their probabilities where a sentence begins
@@ -27,7 +28,7 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.data.choices import Question
 from llmsurgery.data.collate import collate, length_buckets
-from llmsurgery.data.mcq import Choices, fill_template, rotated, template_digest
+from llmsurgery.data.mcq import Choices, fill_template, option_lines, rotated, template_digest
 from llmsurgery.data.records import Row
 from llmsurgery.errors import UnsupportedError
 from llmsurgery.evaluate.intervals import Figure, mean_figure, resampled_interval
@@ -94,7 +95,12 @@ def encode_letters(encoder: Encoder, choices: Choices, template: str) -> LetterS
 
 def render(encoder: Encoder, template: str, question: str, options: Sequence[str], where: str) -> str:
     """Return the text that a letter follows."""
-    turn, answer = fill_template(template, question, options)
+    return render_lines(encoder, template, question, "\n".join(option_lines(options)), where)
+
+
+def render_lines(encoder: Encoder, template: str, question: str, lines: str, where: str) -> str:
+    """Return the text that a letter follows, with these lines in the place of the options."""
+    turn, answer = fill_template(template, question, lines)
     if answer is None:
         return turn
     if encoder.tokenizer.chat_template:
@@ -249,6 +255,21 @@ def recall_spread(hits: Numbers) -> float:
     return 100 * float(hits.mean(0).std())
 
 
+def chosen_options(scores: Numbers) -> npt.NDArray[np.int64]:
+    """Return the number of the chosen option in every cyclic order [questions, orders].
+
+    Args:
+        scores: Scores of the letters [questions, orders, letters].
+    """
+    orders = scores.shape[1]
+    return np.asarray((scores.argmax(-1) + np.arange(orders)) % orders)
+
+
+def flips_figure(chosen: npt.NDArray[np.int64], detail: dict[str, object] | None = None) -> Figure:
+    """Return the share of questions whose choice [questions, orders] is not always the same."""
+    return mean_figure((chosen != chosen[:, :1]).any(1).astype(float).tolist(), detail or {})
+
+
 def letter_figures(scores: LetterScores, data: LetterSet) -> dict[str, Figure]:
     """Return accuracy, spread of the recalls and each letter's recall; rows are questions, resampled as wholes."""
     hits, chosen = hits_of(scores.log_probabilities, data.answers)
@@ -263,6 +284,7 @@ def letter_figures(scores: LetterScores, data: LetterSet) -> dict[str, Figure]:
     return {
         "mcq.accuracy": mean_figure(hits.mean(1).tolist(), detail),
         "mcq.rstd": Figure(recall_spread(hits), len(hits), interval, {"recall": recalls}),
+        "mcq.order_flips": flips_figure(chosen_options(scores.log_probabilities)),
         **{
             f"mcq.recall_{letter.lower()}": mean_figure(hits[:, number].tolist())
             for number, letter in enumerate(data.letters)

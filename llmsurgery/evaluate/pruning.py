@@ -45,13 +45,13 @@ def with_pruning_figures(
         "size.params": Figure(float(entries), len(checkpoint.tensors), None),
     }
     if (perplexity := measured.figures.get("utility.ppl")) is not None:
-        figures["utility.ce"] = _logarithm(perplexity)
+        figures["utility.ce"] = cross_entropy(perplexity)
     if structured and not isinstance(model, StreamedModel):
         figures["speed.tokens_per_second"] = tokens_per_second(model, texts)
     return replace(measured, figures={**measured.figures, **figures})
 
 
-def _logarithm(perplexity: Figure) -> Figure:
+def cross_entropy(perplexity: Figure) -> Figure:
     """Return the cross-entropy behind a perplexity, nats per token; so the ends of its interval map, too."""
     interval = perplexity.interval
     return Figure(

@@ -142,10 +142,21 @@ class Recovery:
             found["task.score"] = mean_figure(self.task_scores(model, progress=progress), {"scorer": config.scorer})
         return found
 
-    def gap(self, model: PreTrainedModel) -> float:
-        """Return `safety.direction_gap` alone; both sides must have been given."""
+    def direction(self, model: PreTrainedModel) -> Figure:
+        """Return `safety.direction_gap` alone, with its detail; both sides must have been given."""
         assert self.contrast is not None
-        return gap_figure(self.contrast, self._contrast(model)).number
+        return gap_figure(self.contrast, self._contrast(model))
+
+    def gap(self, model: PreTrainedModel) -> float:
+        """Return the value of `safety.direction_gap` alone."""
+        return self.direction(model).number
+
+    def overrefusals(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the refusal rate of prompts that are to be answered, if there are any."""
+        if not self.prompts.harmless:
+            return {}
+        answers = self._answers(model, self.prompts.harmless, Silent(), "")
+        return {"safety.overrefusal_rate": self._refusals(answers).number}
 
     def quick(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the refusal rate and the task score, as far as the data allow."""

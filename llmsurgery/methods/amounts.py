@@ -26,6 +26,7 @@ OPTIONS = {
     "of": "--of",
     "hidden": "--hidden",
     "keep_layers": "--layers",
+    "teacher": "--teacher",
 }
 """Hyperparameter -> the option that sets it."""
 

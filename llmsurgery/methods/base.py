@@ -3,7 +3,8 @@
 A method of the task `redirect` needs "pairs" in place of rows; one that has to check them before any long work has
 also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
 pairs)` in its place, which returns what `concept.prob` is measured on. A method of the task `debias` needs "mcq" or
-"contrast", and has `check_asked(config, encoder, given)`, which raises.
+"contrast", and has `check_asked(config, encoder, given)`, which raises. One whose hyperparameters depend on the
+model has `settle(config, structure)`, which returns the config with all of them filled in.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from llmsurgery.arch.adapter import Adapter
     from llmsurgery.arch.spec import RoleTensor, Structure
     from llmsurgery.compute.cache import StatisticsCache
     from llmsurgery.compute.progress import Progress
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.pairs import Pair
     from llmsurgery.data.records import Row
     from llmsurgery.edits.kinds import Edit
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Recovery
     from llmsurgery.train.session import Session
     from llmsurgery.train.trainable import ReadTensor
@@ -61,7 +64,10 @@ class MethodSpec:
         targetless: Whether pairs need no target: the name alone says what is to change.
         models: Further models that it needs ("aligned", "base", "unaligned"), each of the source's shapes.
         walks: Whether it can prune a model that is read block by block (eval.figures=streamed).
+        adapter: Whether MODEL is a LoRA adapter, and the model called "aligned" its base.
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
+        refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
+        pictures: Whether it is for models that see pictures; all other methods are for text models.
     """
 
     name: str
@@ -87,7 +93,10 @@ class MethodSpec:
     targetless: bool = False
     models: tuple[str, ...] = ()
     walks: bool = False
+    adapter: bool = False
     structured: bool = False
+    refuses: tuple[str, ...] = ()
+    pictures: bool = False
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""
@@ -137,7 +146,10 @@ class Operation:
         beside: Directory of what earlier operations kept beside the source; it may not exist.
         history: The operations that made the source, oldest first, as its manifest tells them.
         models: Further models by name ("aligned", "base", "unaligned").
+        adapter: The adapter that is the source, for a method of adapters; `read`, `model` and `models` are then the
+            base with it merged, that in memory, and the base alone.
         recovery: Measures refusals and the task on a model in memory; None for other tasks.
+        pictured: Questions about pictures that it may learn from, or None.
     """
 
     structure: Structure
@@ -158,6 +170,8 @@ class Operation:
     history: Sequence[Mapping[str, Any]] = ()
     models: Mapping[str, OtherModel] = field(default_factory=dict)
     recovery: Recovery | None = None
+    pictured: PicturedSet | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -179,11 +193,15 @@ class MethodResult:
     check: Callable[[PreTrainedModel], None] | None = None
 
 
-class Method(Protocol):
-    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
+class Described(Protocol):
+    """What `llmsurgery methods` lists: a method, or a procedure of inference that changes no weight."""
 
     spec: MethodSpec
     config_type: type
+
+
+class Method(Described, Protocol):
+    """A method: plan from headers, prepare from data before any model is loaded, edit with the model."""
 
     def plan(self, config: object, structure: Structure) -> Sequence[RoleTensor]:
         """Return the stored tensors that the method may change, from headers alone."""

@@ -52,6 +52,9 @@ def general_importance(
 ) -> General:
     """Measure general importance in one walk over the blocks; the model is left as it was.
 
+    What is known of a block is kept with the states of the run, so that a killed one goes on behind it; `sequential`
+    starts anew, since it goes on with pruned blocks.
+
     Args:
         operation: What the method is given.
         kind: One of `KINDS`.
@@ -63,6 +66,7 @@ def general_importance(
     from llmsurgery.compute.accumulate import SecondMoment
     from llmsurgery.compute.inputs import SquareSum, Statistic, watched_inputs
     from llmsurgery.compute.view import weight_view
+    from llmsurgery.train.state import State
 
     general = General(kind)
     device = operation.model.device
@@ -73,12 +77,21 @@ def general_importance(
     by_layer: dict[int, list[RoleTensor]] = defaultdict(list)
     for target in targets:
         by_layer[int(target.layer or 0)].append(target)
-    last = max(by_layer)
+    last, store = max(by_layer), None if kind == "sequential" else operation.training.store
+    earlier = {layer: state for layer in by_layer if store is not None and (state := store.load(layer)) is not None}
+    for state in earlier.values():
+        general.kept |= {name: values.to(device) for name, values in state.tensors.items()}
+    if len(earlier) == len(by_layer):
+        return general
     walk = walk_of(operation, windows)
     with operation.progress.task("general importance", last + 1) as tick:
         for layer in range(last + 1):
             members = by_layer.get(layer, [])
             with walk.held():
+                if layer in earlier:
+                    walk.advance()
+                    tick()
+                    continue
                 with watched_inputs(operation.model, operation.structure, members, make) as statistic:
                     if kind == "sequential":
                         walk.look()
@@ -89,6 +102,9 @@ def general_importance(
                     if made is not None:
                         view = weight_view(operation.model, target)
                         view.copy_(made.T if target.transposed else made)
+                if store is not None and members:
+                    kept = {target.stored: general.kept[target.stored] for target in members}
+                    store.save(layer, State({"step": 1}, kept))
                 if kind == "sequential":
                     walk.advance()
                     for target in members:

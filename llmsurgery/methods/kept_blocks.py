@@ -19,10 +19,11 @@ class KeptBlocks:
 
     Args:
         store: Where states of a run are kept; None keeps nothing.
+        first: What is kept of block 0 has this number among the states; those before it are of other things.
     """
 
-    def __init__(self, store: StateStore | None) -> None:
-        self._store = store
+    def __init__(self, store: StateStore | None, first: int = 0) -> None:
+        self._store, self._first = store, first
 
     def load(self, layer: int, targets: Sequence[RoleTensor]) -> dict[str, torch.Tensor] | None:
         """Return what was saved of a block, by stored name; None if nothing was.
@@ -33,7 +34,7 @@ class KeptBlocks:
         """
         import torch
 
-        state = None if self._store is None or not targets else self._store.load(layer)
+        state = None if self._store is None or not targets else self._store.load(self._first + layer)
         if state is None:
             return None
         result = {}
@@ -57,7 +58,7 @@ class KeptBlocks:
         masks = {name: values for name, values in made.items() if values.dtype == torch.bool}
         tensors = {name: _packed(values) if name in masks else values for name, values in made.items()}
         facts = {"step": 1, **{name: mask.shape[1] for name, mask in masks.items()}}
-        self._store.save(layer, State(facts, tensors))
+        self._store.save(self._first + layer, State(facts, tensors))
 
     def rows(self, layer: int, target: RoleTensor, made: torch.Tensor) -> StoredRows | None:
         """Return the kept values of a matrix, read when they are needed; None for a mask, or if nothing is kept.
@@ -73,7 +74,7 @@ class KeptBlocks:
 
         if self._store is None or made.dtype == torch.bool:
             return None
-        read = partial(self._store.rows, layer, target.stored)
+        read = partial(self._store.rows, self._first + layer, target.stored)
 
         def raw(start: int, stop: int) -> Raw:
             values = read(start, stop)

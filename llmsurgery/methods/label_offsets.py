@@ -14,8 +14,9 @@ measured again, and the head is stored separately (untied) only if the shift the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from llmsurgery.methods.base import Operation
 
 Numbers = npt.NDArray[np.float64]
+
+ReadLogits = Callable[[Sequence[int]], Numbers]
+"""Returns the logits of some tokens where labels follow [places, tokens]."""
 
 LARGEST_GROWTH = 10.0
 """The norm route must not write entries that are this many times larger than those of the row."""
@@ -170,6 +174,7 @@ def fold_offsets(
     states: torch.Tensor,
     prompts: Sequence[Encoded],
     settings: FoldSettings,
+    logits: ReadLogits | None = None,
 ) -> Folded:
     """Return offsets as edits, by the route of the settings or the first that is exact.
 
@@ -179,11 +184,13 @@ def fold_offsets(
         states: Inputs of the head where labels follow [n, d]; every second one is fitted, the others measured.
         prompts: The prompts of the states, of which a few are run again if the head is tied.
         settings: How to fold.
+        logits: Reads the logits of some tokens again where labels follow, in place of running `prompts`.
 
     Raises:
         UnsupportedError: The route does not exist here, or its quality is too low.
     """
     structure, route = operation.structure, settings.route
+    read = logits or partial(_prompt_logits, operation, prompts[:: max(1, len(prompts) // CHECKED)])
     if route == "sequence-bias":
         return _sequence_bias(operation, offsets)
     bias = head_bias(structure)
@@ -197,7 +204,7 @@ def fold_offsets(
         rows = operation.read(head_tensors(structure)[0].stored)[list(offsets.tokens)]
         growth = np.abs(offsets.delta[:, None] * reader).max() / np.abs(rows).max()
         if growth < LARGEST_GROWTH:
-            return _on_rows(operation, offsets, reader, held, prompts, settings, {**record, "growth": float(growth)})
+            return _on_rows(operation, offsets, reader, held, read, settings, {**record, "growth": float(growth)})
         if route == "norm":
             raise UnsupportedError(
                 f"the norm route would write entries {growth:.0f} times larger than the head's",
@@ -215,7 +222,7 @@ def fold_offsets(
             "the states where letters follow have no direction in common that would read as a constant",
             "use --set route=sequence-bias, more questions, or a lower min_rho",
         )
-    return _on_rows(operation, offsets, reader, held, prompts, settings, {"route": "least-squares", "rho": rho})
+    return _on_rows(operation, offsets, reader, held, read, settings, {"route": "least-squares", "rho": rho})
 
 
 def _sequence_bias(operation: Operation, offsets: Offsets) -> Folded:
@@ -263,7 +270,7 @@ def _on_rows(
     offsets: Offsets,
     reader: Numbers,
     held: Numbers,
-    prompts: Sequence[Encoded],
+    logits: ReadLogits,
     settings: FoldSettings,
     record: dict[str, object],
 ) -> Folded:
@@ -279,7 +286,7 @@ def _on_rows(
         edits = [row_edit(target, stored, offsets.tokens, values) for target in targets]
         return Folded(edits, targets, {**record, "tied": tied})
     if settings.untie == "auto":
-        missed = tied_miss(operation, offsets, values, prompts[:: max(1, len(prompts) // CHECKED)])
+        missed = tied_miss(operation, offsets, values, logits)
         record |= {"tied_miss": missed}
         if missed <= SHIFT_TOLERANCE:
             edits = [row_edit(target, stored, offsets.tokens, values) for target in targets]
@@ -300,6 +307,11 @@ def untied(operation: Operation, head: npt.NDArray[np.floating], record: dict[st
 
     target = own_head(operation.structure)
     config: list[Edit] = [Config(("config.json", "tie_word_embeddings"), False)]
+    key = operation.structure.family.inner_key
+    inner = operation.source_config.get(key)
+    if isinstance(inner, Mapping) and "tie_word_embeddings" in inner:
+        # The language model inside says it as well.
+        config.append(Config(("config.json", key, "tie_word_embeddings"), False))
     operation.progress.notice(
         f"the head is untied from the embedding: the checkpoint holds {head.size:,} parameters more"
     )
@@ -310,7 +322,14 @@ def untied(operation: Operation, head: npt.NDArray[np.floating], record: dict[st
     return Folded([*config, added], [target], {**record, "untied": True, "added": head.size})
 
 
-def tied_miss(operation: Operation, offsets: Offsets, values: Numbers, prompts: Sequence[Encoded]) -> float:
+def _prompt_logits(operation: Operation, prompts: Sequence[Encoded], tokens: Sequence[int]) -> Numbers:
+    """Return the logits of some tokens after prompts [prompts, tokens]."""
+    from llmsurgery.evaluate.letters import token_logits
+
+    return token_logits(operation.model, prompts, tokens, operation.encoder.pad_id)
+
+
+def tied_miss(operation: Operation, offsets: Offsets, values: Numbers, logits: ReadLogits) -> float:
     """Return the largest share of an offset by which the shift misses once a tied head's rows are in the model.
 
     The model is as it was afterwards.
@@ -318,19 +337,15 @@ def tied_miss(operation: Operation, offsets: Offsets, values: Numbers, prompts: 
     import torch
 
     from llmsurgery.compute.view import weight_view
-    from llmsurgery.evaluate.letters import token_logits
 
     view = weight_view(operation.model, head_tensors(operation.structure)[0])
     rows = torch.tensor(offsets.tokens, device=view.device)
 
-    def read() -> Numbers:
-        return token_logits(operation.model, prompts, offsets.tokens, operation.encoder.pad_id)
-
-    before = read()
+    before = logits(offsets.tokens)
     with torch.no_grad():
         kept = view[rows].clone()
         view[rows] = rounded(values, head_tensors(operation.structure)[0]).to(view)
-        after = read()
+        after = logits(offsets.tokens)
         view[rows] = kept
     shift = (after - before).mean(0)
     return float(np.abs(shift - offsets.delta).max() / max(float(np.abs(offsets.delta).max()), 1e-6))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmsurgery.errors import UsageError
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
@@ -28,6 +29,21 @@ class FoldConfig:
     route: str = option("auto", "where the offsets go; auto: the first exact place, else least squares", ROUTES)
     min_rho: float = option(0.9, "route=least-squares: smallest quality that is accepted", minimum=0, maximum=1)
     untie: str = option("auto", "store a tied head separately: auto, if it misses", ("auto", "always", "never"))
+
+
+def check_target(target: Sequence[float], options: int) -> None:
+    """Check the shares of the letters that are aimed at; none at all stand for equal ones.
+
+    Raises:
+        UsageError: They are no distribution over the letters.
+    """
+    if target and (len(target) != options or min(target) <= 0 or abs(sum(target) - 1) > 1e-3):
+        shares = ",".join([f"{1 / options:.3g}"] * options)
+        raise UsageError(
+            f"target_prior is no distribution over {options} letters",
+            "it needs one positive share for each, with the sum 1",
+            f"use --set target_prior={shares}, say",
+        )
 
 
 def encode_given(encoder: Encoder, choices: Choices, template: str, items: int = 0) -> LetterSet:

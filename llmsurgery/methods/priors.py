@@ -8,9 +8,10 @@ With s[i, o, j] the log-probability of letter j for item i in order o, in which 
 
 Taking away a prior is adding delta = -log prior to the letters' logits. Share-fit solves a convex problem,
 
-    minimise over delta   mean_k max_j(s[k, j] + delta[j]) - mean_j delta[j]
+    minimise over delta   mean_k max_j(s[k, j] + delta[j]) - sum_j t[j] delta[j]
 
-whose slope in delta[j] is the share of letter j minus 1/n, with the maximum smoothed to T logsumexp(. / T), T falling.
+whose slope in delta[j] is the share of letter j minus t[j], the share that is aimed at (1/n), with the maximum
+smoothed to T logsumexp(. / T), T falling.
 """
 
 from __future__ import annotations
@@ -66,55 +67,60 @@ def shares(scores: Numbers, delta: Numbers) -> Numbers:
     return np.bincount(chosen, minlength=len(delta)) / len(chosen)
 
 
-def share_offsets(scores: Numbers) -> Numbers:
-    """Return the offsets, of mean 0, that make every letter the likeliest equally often.
+def share_offsets(scores: Numbers, target: Sequence[float] = ()) -> Numbers:
+    """Return the offsets, of mean 0, that make every letter the likeliest as often as is aimed at.
 
     Args:
         scores: log p of the letters [items, orders, letters].
+        target: Share of each letter; equal ones by default.
     """
     letters = scores.shape[-1]
+    goal = np.asarray(target) / sum(target) if len(target) else np.full(letters, 1 / letters)
     flat = scores.reshape(-1, letters)
-    delta = centred_offsets(mean_prior(item_priors(scores)))
+    delta = centred_offsets(mean_prior(item_priors(scores)), target)
     for temperature in TEMPERATURES:
         for _ in range(STEPS):
             weights = softmax((flat + delta) / temperature, -1)
-            slope = weights.mean(0) - 1 / letters
+            slope = weights.mean(0) - goal
             if np.abs(slope).max() < 1e-10:
                 break
             curve = (np.diag(weights.sum(0)) - weights.T @ weights) / (len(flat) * temperature)
             # Adding a constant to all letters changes nothing: the pseudo-inverse leaves that direction alone.
             step = -np.linalg.pinv(curve, rcond=1e-9, hermitian=True) @ slope
-            delta = _descend(flat, delta, step, temperature)
+            delta = _descend(flat, delta, step, temperature, goal)
     return np.asarray(delta - delta.mean())
 
 
-def _objective(flat: Numbers, delta: Numbers, temperature: float) -> float:
-    return float(temperature * logsumexp((flat + delta) / temperature, -1).mean() - delta.mean())
+def _objective(flat: Numbers, delta: Numbers, temperature: float, goal: Numbers) -> float:
+    return float(temperature * logsumexp((flat + delta) / temperature, -1).mean() - delta @ goal)
 
 
-def _descend(flat: Numbers, delta: Numbers, step: Numbers, temperature: float) -> Numbers:
+def _descend(flat: Numbers, delta: Numbers, step: Numbers, temperature: float, goal: Numbers) -> Numbers:
     """Return the offsets after as much of a step as makes the objective smaller."""
-    before = _objective(flat, delta, temperature)
+    before = _objective(flat, delta, temperature, goal)
     # Far from the solution the curve is flat and a full step leads nowhere.
     size = min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
     for _ in range(30):
         after = delta + size * step
-        if _objective(flat, after, temperature) <= before:
+        if _objective(flat, after, temperature, goal) <= before:
             return after
         size /= 2
     return delta
 
 
-def estimate_offsets(scores: Numbers, estimator: str, aggregation: str) -> tuple[Numbers, Numbers]:
+def estimate_offsets(
+    scores: Numbers, estimator: str, aggregation: str, target: Sequence[float] = ()
+) -> tuple[Numbers, Numbers]:
     """Return the offsets of an estimator, and PriDe's prior.
 
     Args:
         scores: log p of the letters [items, orders, letters].
         estimator: "share" or "pride".
         aggregation: "geometric" or "arithmetic", for the prior.
+        target: Share of each letter that is aimed at; equal ones by default.
     """
     prior = mean_prior(item_priors(scores), aggregation)
-    return (share_offsets(scores) if estimator == "share" else centred_offsets(prior)), prior
+    return (share_offsets(scores, target) if estimator == "share" else centred_offsets(prior, target)), prior
 
 
 def debiased(scores: Numbers, delta: Numbers) -> Numbers:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.methods.amounts import Amount, AmountConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from llmsurgery.data.windows import Window
     from llmsurgery.edits.kinds import Edit
     from llmsurgery.edits.rows import StoredRows
+    from llmsurgery.methods.kept_blocks import KeptBlocks
 
 NO_SPEED = (
     "zeros are stored like any other value: neither the file nor inference becomes smaller or faster without a runtime "
@@ -134,14 +136,35 @@ def _oriented(values: torch.Tensor, target: RoleTensor) -> torch.Tensor:
     return values.T if target.transposed else values
 
 
-def prune_each(operation: Operation, targets: Sequence[RoleTensor], prune: Prune) -> Pruned:
-    """Prune matrices one by one, from what is stored alone."""
+def prune_each(
+    operation: Operation, targets: Sequence[RoleTensor], prune: Prune, kept: KeptBlocks | None = None
+) -> Pruned:
+    """Prune matrices one by one, from what is stored alone.
+
+    Args:
+        operation: What the method is given.
+        targets: The matrices, in order of layer.
+        prune: Prunes one matrix.
+        kept: Masks of the blocks that a killed run has pruned already; None prunes all of them.
+    """
     pruned = Pruned()
     with operation.progress.task("pruning", len(targets)) as tick:
-        for target in targets:
-            weight = stored_matrix(operation, target)
-            pruned.add(target, as_stored(prune(target, weight, None), target), weight)
-            tick()
+        for layer, group in groupby(targets, key=lambda target: int(target.layer or 0)):
+            members = list(group)
+            earlier = None if kept is None else kept.load(layer, members)
+            found: dict[str, torch.Tensor] = {}
+            for target in members:
+                weight = stored_matrix(operation, target)
+                if earlier is None:
+                    made = as_stored(prune(target, weight, None), target)
+                else:
+                    made = earlier[target.stored]
+                pruned.add(target, made, weight)
+                if kept is not None and earlier is None:
+                    found[target.stored] = made
+                tick()
+            if kept is not None and earlier is None:
+                kept.save(layer, found)
     return pruned
 
 

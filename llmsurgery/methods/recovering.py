@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +153,58 @@ def removed_share(operation: Operation, result: Values, changed: Sequence[RoleTe
     return (math.sqrt(moved / whole) if whole else 0.0), entries
 
 
+def stored_only(operation: Operation) -> Operation:
+    """Return an operation that reads what is stored and has no model in memory; what outlives a run may hold it."""
+    nothing: Any = None
+    return replace(operation, model=nothing, training=nothing, recovery=None, streamed=None)
+
+
+def last_held(values: Values) -> Values:
+    """Return a function that gives the same values and holds those of the last tensor alone."""
+    held: dict[str, torch.Tensor] = {}
+
+    def get(target: RoleTensor) -> torch.Tensor:
+        if target.stored not in held:
+            held.clear()
+            held[target.stored] = values(target)
+        return held[target.stored]
+
+    return get
+
+
+def moved_tensors(
+    operation: Operation, targets: Sequence[RoleTensor], result: Values
+) -> tuple[list[RoleTensor], float, int]:
+    """Return the tensors that change, and what `removed_share` says of the change.
+
+    Args:
+        operation: What the method is given.
+        targets: Tensors that may change.
+        result: Values of them.
+    """
+    changed: list[RoleTensor] = []
+
+    def noted(target: RoleTensor) -> torch.Tensor:
+        values = result(target)
+        if bool((values != own_values(operation, target)).any()):
+            changed.append(target)
+        return values
+
+    removed, entries = removed_share(operation, noted, targets)
+    return changed, removed, entries
+
+
+def computed_edits(targets: Sequence[RoleTensor], result: Values) -> list[Edit]:
+    """Return edits whose values are computed tensor by tensor when they are written, so that none is held."""
+    from llmsurgery.edits.kinds import Replace
+    from llmsurgery.edits.rows import ComputedRows
+
+    def rows(target: RoleTensor) -> Any:
+        return ComputedRows(target.shape, lambda: result(target).numpy())
+
+    return [Replace(target.stored, rows(target)) for target in targets]
+
+
 def random_masks(
     operation: Operation, targets: Sequence[RoleTensor], count: int, seed: int, largest: bool = False
 ) -> list[torch.Tensor]:
@@ -224,8 +277,13 @@ def controls(
 def interpolated(operation: Operation, keep: float) -> Iterator[tuple[RoleTensor, torch.Tensor]]:
     """Yield every tensor with a + keep (b - a), in float64 rounded to float32."""
     for target in comparable(operation):
-        aligned = other_values(operation, "aligned", target).double()
-        yield target, (aligned + keep * (own_values(operation, target).double() - aligned)).float()
+        yield target, interpolated_values(operation, target, keep)
+
+
+def interpolated_values(operation: Operation, target: RoleTensor, keep: float) -> torch.Tensor:
+    """Return a + keep (b - a) of one tensor, in float64 rounded to float32."""
+    aligned = other_values(operation, "aligned", target).double()
+    return (aligned + keep * (own_values(operation, target).double() - aligned)).float()
 
 
 def _mixed(

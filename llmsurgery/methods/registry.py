@@ -6,8 +6,12 @@ import importlib
 import pkgutil
 
 from llmsurgery import methods as package
-from llmsurgery.errors import SurgeryError, unknown_name
-from llmsurgery.methods.base import Method
+from llmsurgery.errors import SurgeryError, UsageError, unknown_name
+from llmsurgery.methods.base import Described, Method
+from llmsurgery.methods.inference import Pine
+
+INFERENCE: dict[str, Described] = {one.spec.name: one for one in (Pine(),)}
+"""Procedures that change how a model is run, and none of its weights."""
 
 _REGISTERED: dict[tuple[str, str], Method] = {}
 
@@ -41,6 +45,11 @@ def all_methods() -> list[Method]:
     return [_REGISTERED[key] for key in sorted(_REGISTERED)]
 
 
+def find_described(name: str) -> Described:
+    """Return a method, or a procedure of inference, by name; errors as for `find_method`."""
+    return INFERENCE[name] if name in INFERENCE else find_method(name)
+
+
 def find_method(name: str, task: str | None = None) -> Method:
     """Return a method by name.
 
@@ -49,8 +58,14 @@ def find_method(name: str, task: str | None = None) -> Method:
         task: Restricts the search to one task.
 
     Raises:
-        UsageError: There is none; names the three nearest.
+        UsageError: There is none; names the three nearest. Or it edits nothing.
     """
+    if name in INFERENCE:
+        raise UsageError(
+            f"{name} is no method that edits a checkpoint",
+            "it changes how a model is run, and none of its weights",
+            f"llmsurgery methods {name} tells how to run it",
+        )
     known = {method.spec.name: method for method in all_methods() if task in (None, method.spec.task)}
     if name not in known:
         fix = "llmsurgery methods lists them all"

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from llmsurgery.report.controls import controls_of
 from llmsurgery.report.numbers import format_number
+from llmsurgery.report.strips import interval_text
 
 _HEADING = "## Surgery record"
 
@@ -21,6 +22,10 @@ _SECTION = """\
 This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `apply` of the patch with SHA-256 \
 `{{ operation.patch.sha256 }}`. {{ changed }} of {{ total }} edited tensors changed. What made the patch is in \
 `surgery.json`.
+{% elif operation.task == "stack" -%}
+This checkpoint was made by llmsurgery {{ manifest.versions.llmsurgery }}: `stack` of the patches with SHA-256 \
+{% for patch in operation.patches %}`{{ patch.sha256 }}`{{ ", " if not loop.last }}{% endfor %}. {{ changed }} of \
+{{ total }} edited tensors changed. What made the patches is in `surgery.json`.
 {% elif manifest.steps is defined -%}
 {{ subject }} llmsurgery {{ manifest.versions.llmsurgery }} in {{ manifest.operations | length }} steps: \
 {% for one in manifest.operations %}`{{ one.task }} --method {{ one.method }}` ({{ one.paper }}), \
@@ -32,11 +37,12 @@ seed {{ one.seed }}{{ "; then " if not loop.last }}{% endfor %}.
 {{ changed }} of {{ total }} edited tensors changed. Everything needed to check or repeat it is in `surgery.json`.
 {% endif %}
 {% if manifest.metrics -%}
-| metric |{% if aligned %} aligned |{% endif %} before | after | rows | better |
-|---|{% if aligned %}---|{% endif %}---|---|---|---|
+| metric |{% if aligned %} aligned |{% endif %} before | after | 95% interval | rows | better |
+|---|{% if aligned %}---|{% endif %}---|---|---|---|---|
 {% for name, metric in manifest.metrics.items() if not name.startswith("speed.") -%}
 | {{ name }} |{% if aligned %} {{ number(metric.aligned.value) if "aligned" in metric else "" }} |{% endif %} \
-{{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ metric.after.n }} \
+{{ number(metric.before.value) }} | {{ number(metric.after.value) }} | {{ interval(metric.after.interval) }} \
+| {{ metric.after.n }} \
 | {{ metric.direction }} |
 {% endfor %}
 {% endif -%}
@@ -49,12 +55,21 @@ seed {{ one.seed }}{{ "; then " if not loop.last }}{% endfor %}.
 | {{ row | join(" | ") }} |
 {% endfor %}
 {% endif -%}
+{% if manifest.data -%}
+Data: {% for name, entry in manifest.data.items() %}{{ name }} ({{ entry.rows }} rows, SHA-256 \
+`{{ entry.sha256[:16] }}`){{ ", " if not loop.last }}{% endfor %}.
+
+{% endif -%}
 {% for gate in manifest.gates -%}
 - gate `{{ gate.gate }}`: {{ "held" if gate.passed else "failed" }} ({{ number(gate.value) }})
 {% endfor -%}
 {% for notice in manifest.notices -%}
 - note: {{ notice }}
-{% endfor -%}
+{% endfor %}
+{% if manifest.save == "full" -%}
+`llmsurgery verify DIR` checks every file of this directory\
+{{ ", `llmsurgery revert DIR -o BASE` gives the source back" if manifest.cost.undo_bytes is not none }}.
+{% endif -%}
 """
 
 _SUBJECTS = {
@@ -85,6 +100,7 @@ def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
         changed=sum(tensor["sha256_before"] != tensor["sha256_after"] for tensor in tensors),
         total=len(tensors),
         number=format_number,
+        interval=interval_text,
         controls=controls_of(manifest),
     )
     return (source_card.rstrip() + "\n\n" if source_card.strip() else "") + section.rstrip() + "\n"

@@ -14,6 +14,7 @@ from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.target import Claim, check_free, move_into_place, remove
 from llmsurgery.compute.progress import Progress
 from llmsurgery.report.table import rows_table
+from llmsurgery.report.tables_page import comparison_page
 from llmsurgery.run.compare import RETAIN, UNSEEN, Attacking, Recipe, compare_recipes, trade_off
 from llmsurgery.run.request import Request
 
@@ -120,6 +121,7 @@ def publish_comparison(
     keep: bool,
     progress: Progress,
     unseen: str | None = None,
+    report: bool = False,
 ) -> dict[str, object]:
     """Run a comparison and write it as JSON, Markdown and, where matplotlib is there, a picture.
 
@@ -131,6 +133,7 @@ def publish_comparison(
         keep: Keep the results below the output.
         progress: Told of every run.
         unseen: Data file of rows like the retain rows that no recipe is given.
+        report: Leave a page for people as well.
 
     Returns:
         The JSON document.
@@ -144,6 +147,9 @@ def publish_comparison(
         with writing(claim.path):
             (claim.path / "compare.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
             (claim.path / "compare.md").write_text(comparison_markdown(document), "utf-8")
+            if report:
+                page = comparison_page(document, comparison_rows(document), _points(document), _retained(document))
+                (claim.path / "report.html").write_text(page, "utf-8")
         _picture(document, claim.path / "compare.svg", progress)
         aside = move_into_place(claim.path, place, request.force)
     except BaseException:
@@ -165,11 +171,18 @@ def _free_name() -> Path:
 
 
 def _picture(document: Mapping[str, Any], path: Path, progress: Progress) -> None:
-    points = [(row["label"], *point) for row in document["rows"] if (point := trade_off(row)) is not None]
+    points = _points(document)
     if not points:
         return
     if importlib.util.find_spec("matplotlib") is None:
         progress.notice("no picture: matplotlib is not installed (extra `pictures`)")
         return
-    retained = any({RETAIN, UNSEEN} & set(row.get("shares", {})) for row in document["rows"])
-    draw_front(points, document["front"], retained, path)
+    draw_front(points, document["front"], _retained(document), path)
+
+
+def _points(document: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    return [(row["label"], *point) for row in document["rows"] if (point := trade_off(row)) is not None]
+
+
+def _retained(document: Mapping[str, Any]) -> bool:
+    return any({RETAIN, UNSEEN} & set(row.get("shares", {})) for row in document["rows"])

@@ -1,6 +1,6 @@
-"""A page of documentation per method, made from its docstring, its config and its spec.
+"""A page of documentation per method, made from its docstring, its config and its spec, and the table of the README.
 
-python -m llmsurgery.report.method_page docs/methods
+python -m llmsurgery.report.method_page docs/methods README.md
 """
 
 from __future__ import annotations
@@ -95,5 +95,41 @@ def write_pages(folder: Path) -> list[Path]:
     return written
 
 
+BEGIN, END = "<!-- methods: written by `make docs` -->\n", "<!-- end of methods -->"
+"""What stands before and after the table in a file that `write_table` fills in."""
+
+
+def methods_table(folder: str) -> str:
+    """Return the methods of each task with links to their pages, as Markdown.
+
+    Args:
+        folder: Where the pages lie, as a link.
+    """
+    from llmsurgery.methods.registry import all_methods
+
+    tasks: dict[str, list[str]] = {}
+    for method in all_methods():
+        name = method.spec.name
+        tasks.setdefault(method.spec.task, []).append(f"[`{name}`]({folder}/{name}.md)")
+    rows = [f"| `llmsurgery {task}` | {', '.join(links)} |" for task, links in tasks.items()]
+    return "\n".join(["| command | `--method` |", "|---|---|", *rows]) + "\n"
+
+
+def write_table(file: Path, folder: Path) -> None:
+    """Write the table of methods into a file, between the two marks.
+
+    Args:
+        file: A Markdown file that has both marks.
+        folder: Where the pages of the methods lie.
+    """
+    text = file.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    table = methods_table(folder.relative_to(file.parent).as_posix())
+    file.write_text(f"{before}{BEGIN}{table}{END}{after}", "utf-8")
+
+
 if __name__ == "__main__":
     write_pages(Path(sys.argv[1]))
+    for readme in sys.argv[2:]:
+        write_table(Path(readme), Path(sys.argv[1]))

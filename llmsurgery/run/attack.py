@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from llmsurgery import __version__
 from llmsurgery.arch.detect import detect
+from llmsurgery.arch.spec import require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.records import Row
@@ -229,6 +230,7 @@ def make_bench(
     whole = dataclasses.replace(config, rows=0)
     data = encode_for_figures(encoder, {**chosen, "text": rows["text"]}, whole)
     structure = detect(checkpoint.config, checkpoint.tensors)
+    require_text_model(structure, "an attack")
     require_known_tokens(data, structure)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)

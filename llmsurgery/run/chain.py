@@ -16,18 +16,18 @@ from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.checkpoint.preflight import check_target
 from llmsurgery.checkpoint.target import Claim, make_partial, partial_of, remove, take_over
 from llmsurgery.compute.progress import Progress
-from llmsurgery.compute.source import resolve_source
-from llmsurgery.demo import world_path
 from llmsurgery.errors import GateError, SurgeryError, UsageError
 from llmsurgery.evaluate.gates import Gate
 from llmsurgery.run.chain_manifest import FAILED, NOT_RUN, PASSED, Ran, build, chain_metrics, outcomes, total_cost
 from llmsurgery.run.chain_result import open_whole, whole_change, write_whole
 from llmsurgery.run.chain_steps import Planned, end_gates, lineage, plan_steps, step_identity
-from llmsurgery.run.execute import Outcome, WriteCard
+from llmsurgery.run.execute import Outcome, Pages
 from llmsurgery.run.manifest import NAME, encode_manifest
 from llmsurgery.run.overrides import Loaded
+from llmsurgery.run.pages import REPORT, WriteCard, WriteReport, leave_report, remove_reports
 from llmsurgery.run.prepare import check_report, report_path
 from llmsurgery.run.record import CARD
+from llmsurgery.run.recover import open_source
 from llmsurgery.run.replay import check_data, check_source
 from llmsurgery.run.request import Request
 
@@ -46,6 +46,8 @@ class Manner:
         resume: Go on from what an interrupted run left.
         keep_steps: Keep the results of all steps.
         trust_remote_code: Run model code that a checkpoint brings.
+        report: Leave a page for people beside the manifest.
+        report_examples: Forget questions that it quotes from each step.
     """
 
     out: str | None = None
@@ -54,14 +56,23 @@ class Manner:
     resume: bool = False
     keep_steps: bool = False
     trust_remote_code: bool = False
+    report: bool = False
+    report_examples: int = 3
 
 
-def run_recipe(loaded: Loaded, manner: Manner, operate: Operate, write_card: WriteCard, progress: Progress) -> Outcome:
+def run_recipe(
+    loaded: Loaded,
+    manner: Manner,
+    operate: Operate,
+    write_card: WriteCard,
+    write_report: WriteReport,
+    progress: Progress,
+) -> Outcome:
     """Run a recipe; see `llmsurgery.api.run`."""
     recipe = loaded.recipe
     planned = plan_steps(recipe, manner.trust_remote_code)
     gates = end_gates(recipe, planned)
-    source = Checkpoint.open(resolve_source(recipe.model or world_path(planned[0].method.spec.demo)))
+    source, _ = open_source(planned[0].method, recipe.model, planned[0].request.models)
     if loaded.recorded is not None:
         check_data(loaded.recorded, {step.name: step.digests for step in planned})
         check_source(loaded.recorded, source)
@@ -78,7 +89,8 @@ def run_recipe(loaded: Loaded, manner: Manner, operate: Operate, write_card: Wri
     work = out.with_name(out.name + ".steps")
     lock = take_over(work) if manner.resume and work.is_dir() else make_partial(work, manner.force)
     try:
-        return _Chain(loaded, manner, planned, gates, source, out, work, operate, write_card, progress).run()
+        pages = Pages(write_card, write_report if manner.report else None)
+        return _Chain(loaded, manner, planned, gates, source, out, work, operate, pages, progress).run()
     finally:
         os.close(lock)
 
@@ -95,6 +107,8 @@ def _single(step: Planned, loaded: Loaded, manner: Manner, out: Path) -> Request
         dry_run=manner.dry_run,
         force=manner.force,
         resume=manner.resume,
+        report=manner.report,
+        report_examples=manner.report_examples,
     )
 
 
@@ -152,7 +166,7 @@ class _Chain:
     out: Path
     work: Path
     operate: Operate
-    write_card: WriteCard
+    pages: Pages
     progress: Progress
 
     def run(self) -> Outcome:
@@ -179,8 +193,8 @@ class _Chain:
                 advice = f"finished steps are kept in {self.work}; --resume goes on from them"
                 error.fix = f"{error.fix}; {advice}" if error.fix else advice
             raise
-        report_path(self.out).unlink(missing_ok=True)
-        return Outcome(manifest, self.out)
+        remove_reports(self.out)
+        return Outcome(manifest, self.out, report=None if self.pages.report is None else self.out / REPORT)
 
     def _clean(self) -> None:
         if not self.manner.keep_steps:
@@ -235,11 +249,12 @@ class _Chain:
         remove(report_path(place))
         model = step.request.model if step.takes is None else str(self.work / step.takes)
         try:
-            outcome = self.operate(dataclasses.replace(step.request, model=model, out=str(place), resume=True))
+            request = dataclasses.replace(step.request, report_examples=self.manner.report_examples)
+            outcome = self.operate(dataclasses.replace(request, model=model, out=str(place), resume=True))
         except GateError as error:
             self.progress.notice(f"{title}: {error.what}")
-            return Ran(step, FAILED, error.report or {})
-        return Ran(step, PASSED, outcome.manifest)
+            return Ran(step, FAILED, error.report or {}, error.examples)
+        return Ran(step, PASSED, outcome.manifest, outcome.examples)
 
     def _publish(self, ran: Sequence[Ran], seconds: float) -> dict[str, object]:
         started = time.perf_counter()
@@ -254,6 +269,8 @@ class _Chain:
         claim = Claim(self.out, manner.force and not manner.resume, manner.resume)
         try:
             with open_whole(whole, self.out, recipe.link, manner.force, claim) as publication:
+                if self.pages.report is not None:
+                    publication.remove_file(REPORT)
                 recorded = write_whole(whole, publication, recipe.undo, results)
                 spent = seconds + time.perf_counter() - started
                 cost = total_cost(ran, 0.0, publication.bytes_written, recorded.undo_bytes)
@@ -261,12 +278,19 @@ class _Chain:
                 manifest = build(recipe.model, self.source, str(self.out), ran, line, checked, recorded, cost)
                 card = self.source.root / CARD
                 text = card.read_text("utf-8", "replace") if card.is_file() else ""
-                publication.write_file(CARD, self.write_card(manifest, text).encode())
+                publication.write_file(CARD, self.pages.card(manifest, text).encode())
                 publication.write_file(NAME, encode_manifest(manifest))
+                if (page := self._page(manifest, ran)) is not None:
+                    publication.write_file(REPORT, page.encode())
                 publication.publish(None if manner.keep_steps else self.work)
         finally:
             claim.discard()
         return manifest
+
+    def _page(self, manifest: dict[str, object], ran: Sequence[Ran]) -> str | None:
+        if self.pages.report is None:
+            return None
+        return self.pages.report(manifest, {one.step.name: one.examples for one in ran if one.examples})
 
     def _failure(self, ran: Sequence[Ran], checked: Sequence[Any], what: str) -> GateError:
         """Write the report of a recipe that failed, and return the error that says so."""
@@ -275,11 +299,7 @@ class _Chain:
         line = [step.name for step in lineage(self.planned) if step.name in passed]
         cost = total_cost(ran, 0.0, 0, None)
         manifest = build(self.loaded.recipe.model, self.source, str(self.out), ran, line, checked, None, cost)
-        report = report_path(self.out)
-        temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
-        with writing(report):
-            temporary.write_bytes(encode_manifest(manifest))
-            temporary.replace(report)
+        report = leave_report(self.out, manifest, self._page(manifest, ran))
         if bad:
             gate = next(gate for gate in bad[0].manifest["gates"] if not gate["passed"])
             what = f"gate {gate['gate']} of step {bad[0].step.name} failed"

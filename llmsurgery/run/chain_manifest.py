@@ -10,9 +10,10 @@ from typing import Any
 
 from llmsurgery.checkpoint import Checkpoint, file_digest
 from llmsurgery.edits.coverage import coverage
-from llmsurgery.evaluate.gates import Gate, GateOutcome, check_gates
+from llmsurgery.evaluate.gates import METRICS, Gate, GateOutcome, check_gates
 from llmsurgery.run.chain_steps import Planned, against_source
 from llmsurgery.run.manifest import FORMAT, change_record, earlier_operations, gate_record
+from llmsurgery.run.pages import Example
 from llmsurgery.run.record import Recorded
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -27,11 +28,13 @@ class Ran:
         step: The step.
         status: "passed", "failed" (a gate) or "not run" (what it needs did not pass).
         manifest: Its own manifest; empty if it was not run.
+        examples: Answers before and after, if it was run by this process.
     """
 
     step: Planned
     status: str
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
 
 
 def build(
@@ -136,7 +139,7 @@ def chain_metrics(lead: Sequence[Ran]) -> dict[str, Any]:
     for name, figure in last.manifest["metrics"].items():
         first = last
         if not against_source(name):
-            first = next(one for one in lead if name in one.manifest["metrics"] and _same_data(one, last))
+            first = next(one for one in lead if _measured_alike(name, one, last))
         found = {**figure, "before": first.manifest["metrics"][name]["before"]}
         result[name] = found if first is lead[0] else {**found, "since": first.step.name}
     if len(lead) > 1 and RATIO in result and PERPLEXITY in result:
@@ -144,14 +147,19 @@ def chain_metrics(lead: Sequence[Ran]) -> dict[str, Any]:
     return result
 
 
-def _same_data(one: Ran, last: Ran) -> bool:
-    """Whether two steps measured on the same rows in the same manner."""
+def _measured_alike(name: str, one: Ran, last: Ran) -> bool:
+    """Whether two steps measured a metric on as many of the same rows, in the same manner."""
+    if one is last:
+        return True
+    metric = METRICS.get(name)
 
     def asked(ran: Ran) -> object:
-        digests = {name: entry["sha256"] for name, entry in ran.manifest["data"].items() if name != "pairs"}
-        return ran.manifest["operations"][0]["evaluation"], digests
+        data = ran.manifest["data"]
+        needed = [need for need in metric.needs if need in data] if metric is not None else []
+        digests = {need: data[need]["sha256"] for need in needed or sorted(data) if need != "pairs"}
+        return ran.manifest["operations"][0]["evaluation"], digests, ran.manifest["metrics"][name]["before"]["n"]
 
-    return one is last or asked(one) == asked(last)
+    return name in one.manifest["metrics"] and asked(one) == asked(last)
 
 
 def _ratio(ratio: dict[str, Any], perplexity: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def step_identity(step: Planned, source: Checkpoint) -> dict[str, object]:
     import transformers
 
     asked = dataclasses.asdict(step.request)
-    for name in ("data", "settings", "model", "out", "dry_run", "force", "resume"):
+    for name in ("data", "settings", "model", "out", "dry_run", "force", "resume", "report", "report_examples", "push"):
         del asked[name]
     identity = {
         **asked,

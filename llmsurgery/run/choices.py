@@ -11,6 +11,7 @@ from typing import TypeVar
 from llmsurgery.data.asked import Asked
 from llmsurgery.data.contrast import read_contrast
 from llmsurgery.data.mcq import read_choices
+from llmsurgery.data.pictured import read_pictured
 from llmsurgery.methods.base import Method
 
 MCQ, CONTRAST = "mcq", "contrast"
@@ -25,12 +26,18 @@ def is_debiasing(method: Method) -> bool:
     return bool({*method.spec.needs, *method.spec.uses} & set(NAMES))
 
 
-def read_asked(files: Mapping[str, Path]) -> Asked:
+def read_asked(files: Mapping[str, Path], pictures: bool = False) -> Asked:
     """Read the questions and the contrasting texts among some files.
+
+    Args:
+        files: Data name -> path.
+        pictures: Whether the questions are about pictures.
 
     Raises:
         InputError: A file is missing, empty or malformed.
     """
+    if pictures:
+        return Asked(pictured=read_pictured(files[MCQ]))
     choices = read_choices(files[MCQ]) if MCQ in files else None
     return Asked(choices, read_contrast(files[CONTRAST]) if CONTRAST in files else ())
 
@@ -39,6 +46,7 @@ def asked_needs(asked: Asked) -> set[str]:
     """Return the needs of metrics that are met."""
     found = {f"mcq:{letter}" for letter in asked.choices.letters} if asked.choices else set()
     found |= {MCQ} if asked.choices else set()
+    found |= {"pictures"} if asked.pictured else set()
     return found | ({"stereotypes"} if any(row.stereotype is not None for row in asked.contrast) else set())
 
 
@@ -60,6 +68,10 @@ def split_asked(asked: Asked, method: Method, config: object, seed: int) -> tupl
         first, second = _split(asked.choices.questions, share, seed)
         given = replace(given, choices=replace(asked.choices, questions=tuple(first)))
         measured = replace(measured, choices=replace(asked.choices, questions=tuple(second)))
+    if asked.pictured is not None:
+        some, others = _split(asked.pictured.questions, share, seed)
+        given = replace(given, pictured=replace(asked.pictured, questions=tuple(some)))
+        measured = replace(measured, pictured=replace(asked.pictured, questions=tuple(others)))
     if CONTRAST in method.spec.needs and asked.contrast:
         first_texts, second_texts = _split(asked.contrast, share, seed)
         if len({label for row in first_texts for label in row.labels}) > 1:

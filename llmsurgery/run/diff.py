@@ -158,7 +158,7 @@ def provenance(result: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest = parse_json(path.read_text("utf-8"))
+        manifest: Any = parse_json(path.read_text("utf-8"))
     except ValueError:
         return {}
     if not isinstance(manifest, dict):

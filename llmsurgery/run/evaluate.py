@@ -15,8 +15,9 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.asked import Asked
+from llmsurgery.data.pictured import shows_pictures
 from llmsurgery.data.records import Row
-from llmsurgery.errors import GateError, ResourceError, UsageError
+from llmsurgery.errors import GateError, ResourceError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, check_gates, parse_gate, require_data
 from llmsurgery.evaluate.logs import read_retain_log
@@ -37,6 +38,7 @@ from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.prepare import (
     CONTROL,
     encode_for_figures,
+    encode_pictures,
     make_encoder,
     read_sets,
     require_known_tokens,
@@ -49,8 +51,11 @@ from llmsurgery.run.request import EvaluationRequest
 from llmsurgery.run.suite import SuitePlan, plan_suite
 
 if TYPE_CHECKING:
+    from llmsurgery.arch.spec import Structure
+    from llmsurgery.data.chat import Encoder
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.intervals import Figure
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.scores import SetScores
 
 AGAINST_SOURCE = ("utility.kl", "utility.ppl_ratio", "ort.form_gap", "safety.direction_gap")
@@ -74,10 +79,16 @@ def evaluate_models(request: EvaluationRequest, progress: Progress) -> dict[str,
     given |= recovery_needs(files, bool(request.judge))
     given |= suite.needs if suite is not None else set()
     given |= {"letters"} if {"mcq", "suite:wmdp"} & given else set()
+    pictures = "mcq" in files and shows_pictures(files["mcq"])
+    given = given - {"mcq", "letters"} | {"pictures"} if pictures else given
     gates = [parse_gate(text, given | ROW_NEEDS) for text in request.require]
     _check_options(request, gates, suite)
+    if config.position_invariant and "mcq" not in files:
+        raise UsageError(
+            "--position-invariant needs --mcq", "the options of its questions are what is listed", "give --mcq DATA"
+        )
     rows = read_sets({name: path for name, path in files.items() if name not in ASKED})
-    asked = read_asked(files)
+    asked = read_asked(files, pictures)
     # Attacks alone look at the control rows.
     figured = {name: members for name, members in rows.items() if name != CONTROL}
     if suite is not None:
@@ -213,11 +224,17 @@ def _measure_one(
             "distributions over different tokens cannot be compared",
             "measure it without --source",
         )
+    pictured = _pictures(checkpoint, structure, encoder, asked)
     place = resolve_device(request.device)
     wanted = resolve_dtype(request.dtype, stored_dtype(checkpoint), place)
     model = load_model(checkpoint.root, wanted, place, request.trust_remote_code, structure.family.buffers)
     keep = before is None and request.source is not None
     measured = measure(model, encoder, data, config, progress, reference, keep, retained)
+    if pictured is not None:
+        from llmsurgery.evaluate.pictured import measure_pictured
+
+        seen = measure_pictured(model, pictured, config.batch_size, progress, None)
+        measured = dataclasses.replace(measured, figures={**seen, **measured.figures})
     if any(name in rows for name in RECOVERY):
         prompts = encode_recovery(encoder, rows)
         require_known_tokens(data, structure, [*prompts.harmful, *prompts.harmless, *prompts.task])
@@ -231,6 +248,21 @@ def _measure_one(
         return measured
     figures = own.measure(model, encoder, measured, config.batch_size, progress, before)
     return dataclasses.replace(measured, figures={**measured.figures, **figures})
+
+
+def _pictures(checkpoint: Checkpoint, structure: Structure, encoder: Encoder, asked: Asked) -> PicturedSet | None:
+    """Return questions about pictures as prompts, None without any.
+
+    Raises:
+        UnsupportedError: The model sees no pictures.
+    """
+    if asked.pictured is not None and not structure.family.inner_key:
+        raise UnsupportedError(
+            f"{checkpoint.root} sees no pictures, and --mcq is about some",
+            f"{structure.family.name} models are text models",
+            "give a vision-language model, or questions without images",
+        )
+    return encode_pictures(checkpoint, encoder, asked)
 
 
 def _data_record(

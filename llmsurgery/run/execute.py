@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,9 @@ from llmsurgery.run.headers import plan_from_headers
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.notices import Notices, warn_of_rounding, warn_of_spill
 from llmsurgery.run.operate import Operated, measure_result, operate
+from llmsurgery.run.pages import REPORT, Example, WriteCard, WriteReport, leave_report, remove_reports
 from llmsurgery.run.plan import plan
-from llmsurgery.run.prepare import Prepared, prepare, report_path
+from llmsurgery.run.prepare import Prepared, prepare
 from llmsurgery.run.request import Request
 from llmsurgery.run.resume import resumable
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from llmsurgery.compute.halving import Halving
     from llmsurgery.evaluate.figures import Measurement
 
-WriteCard = Callable[[Mapping[str, object], str], str]
-"""Takes the manifest and the source's card, returns the new card."""
-
 
 @dataclass(frozen=True)
-class Example:
-    """A forget question with the answers before and after; for the screen alone, never for a file."""
+class Pages:
+    """What builds the pages of a result.
 
-    question: str
-    reference: str
-    before: str
-    after: str
+    Attributes:
+        card: Builds the model card.
+        report: Builds the report; None if none is asked for.
+    """
+
+    card: WriteCard
+    report: WriteReport | None
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,23 @@ class Outcome:
         manifest: The manifest, or the plan of a dry run.
         out: Directory of the result, None for a dry run.
         examples: Forget questions with answers before and after.
+        report: The page for people, None if none was asked for.
     """
 
     manifest: dict[str, object]
     out: Path | None
     examples: tuple[Example, ...] = ()
+    report: Path | None = None
 
 
-def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outcome:
+def execute(request: Request, progress: Progress, write_card: WriteCard, write_report: WriteReport) -> Outcome:
     """Run one operation.
 
     Args:
         request: What is asked for.
         progress: Told of long work and notices.
         write_card: Builds the model card of the result.
+        write_report: Builds the report where the request asks for one.
 
     Returns:
         The manifest and where the result lies.
@@ -86,11 +89,12 @@ def execute(request: Request, progress: Progress, write_card: WriteCard) -> Outc
     from llmsurgery.compute.device import suitable_threads
 
     parameters = sum(info.size for info in prepared.checkpoint.tensors.values())
+    pages = Pages(write_card, write_report if request.report else None)
     with suitable_threads(parameters, prepared.device):
-        return _run(prepared, Notices(progress), write_card, started)
+        return _run(prepared, Notices(progress), pages, started)
 
 
-def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: float) -> Outcome:
+def _run(prepared: Prepared, notices: Notices, pages: Pages, started: float) -> Outcome:
     """Operate, write, reload, measure, check the gates, publish."""
     # Not among the notices of the manifest: a run with the numbers found is the same run.
     rows = scoring_rows(prepared.evaluation, prepared.request.batch_size, notices.progress)
@@ -99,13 +103,13 @@ def _run(prepared: Prepared, notices: Notices, write_card: WriteCard, started: f
         if operated.changes.empty:
             raise NoEffectError("the method produced no edit", "nothing matched", "choose other roles, layers or data")
         gc.collect()
-        return _publish(prepared, notices, write_card, started, claim, rows, operated)
+        return _publish(prepared, notices, pages, started, claim, rows, operated)
 
 
 def _publish(
     prepared: Prepared,
     notices: Notices,
-    write_card: WriteCard,
+    pages: Pages,
     started: float,
     claim: Claim,
     rows: Halving,
@@ -117,6 +121,9 @@ def _publish(
     if (notice := form_notice(prepared)) is not None:
         notices.notice(notice)
     with open_publication(prepared, changes, claim) as publication:
+        if pages.report is not None:
+            # One of the source's own would else be recorded as a side file, and then replaced.
+            publication.remove_file(REPORT)
         with write_form(prepared, publication, changes) as written:
             for message in publication.notices:
                 notices.notice(message)
@@ -134,19 +141,22 @@ def _publish(
             notices.messages,
             _cost(started, publication.bytes_written, written),
         )
+        examples = _examples(prepared, before, after)
+        page = None if pages.report is None else pages.report(manifest, {"": examples})
         if failed := [outcome for outcome in gates if not outcome.passed]:
             publication.keep = request.keep_partial
             if publication.keep:
                 remove(claim.state)
-            raise _gate_error(failed, manifest, prepared.out, publication)
+            raise _gate_error(failed, manifest, prepared.out, publication, page, examples)
         source_card = prepared.checkpoint.root / "README.md"
-        card = write_card(manifest, source_card.read_text("utf-8", "replace") if source_card.is_file() else "")
+        card = pages.card(manifest, source_card.read_text("utf-8", "replace") if source_card.is_file() else "")
         publication.write_file("README.md", card.encode())
         publication.write_file(NAME, encode_manifest(manifest))
+        if page is not None:
+            publication.write_file(REPORT, page.encode())
         publication.publish()
-    # A report of an earlier failure would contradict the result that now stands beside it.
-    report_path(prepared.out).unlink(missing_ok=True)
-    return Outcome(manifest, prepared.out, _examples(prepared, before, after))
+    remove_reports(prepared.out)
+    return Outcome(manifest, prepared.out, examples, None if page is None else prepared.out / REPORT)
 
 
 def _values(measurement: Measurement) -> dict[str, float]:
@@ -169,12 +179,14 @@ def _cost(started: float, bytes_written: int, written: Written) -> dict[str, obj
 
 
 def _gate_error(
-    failed: list[GateOutcome], manifest: dict[str, object], out: Path, publication: Publication
+    failed: list[GateOutcome],
+    manifest: dict[str, object],
+    out: Path,
+    publication: Publication,
+    page: str | None,
+    examples: tuple[Example, ...],
 ) -> GateError:
-    report = report_path(out)
-    temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(encode_manifest(manifest))
-    temporary.replace(report)
+    report = leave_report(out, manifest, page)
     first = failed[0]
     kept = f"; the checkpoint is kept in {publication.path}" if publication.keep else ""
     error = GateError(
@@ -183,11 +195,14 @@ def _gate_error(
         f"the checkpoint was not published; the report is {report}{kept}",
         "change the strength of the operation, or the gate",
     )
-    error.report = manifest
+    error.report, error.examples = manifest, examples
     return error
 
 
-def _examples(prepared: Prepared, before: Measurement, after: Measurement, count: int = 3) -> tuple[Example, ...]:
+def _examples(prepared: Prepared, before: Measurement, after: Measurement) -> tuple[Example, ...]:
+    """Return the first forget questions with their answers; prompts that are to be refused are shown nowhere."""
     rows = prepared.measured.rows.get("forget", [])
+    secret = {row.prompt for row in prepared.rows.get("harmful", ())}
     triples = zip(rows, before.answers.get("forget", []), after.answers.get("forget", []), strict=False)
-    return tuple(Example(row.prompt, row.answer, first, second) for row, first, second in list(triples)[:count])
+    shown = (Example(row.prompt, row.answer, *answers) for row, *answers in triples if row.prompt not in secret)
+    return tuple(islice(shown, prepared.request.report_examples))

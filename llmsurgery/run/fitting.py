@@ -7,12 +7,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from llmsurgery.compute.progress import Progress
-from llmsurgery.errors import UsageError, unknown_name
+from llmsurgery.errors import UnsupportedError, UsageError, unknown_name
 from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.methods.base import Method
 from llmsurgery.train.config import TrainingConfig
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmsurgery.arch.spec import Structure
@@ -54,16 +55,18 @@ def check_quantize(mode: str, method: Method, config: object, structure: Structu
         UnsupportedError: bitsandbytes is not there, or the model has nothing that can be quantised.
     """
     training = getattr(config, "training", None)
-    full = isinstance(training, TrainingConfig) and training.train == "full"
+    full = not isinstance(training, TrainingConfig) or training.train == "full"
     if mode not in MODES:
         raise unknown_name("value of --quantize", mode, MODES)
     if mode != "none" and not method.spec.trained:
         raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
     if mode != "none" and full:
         raise UsageError(
-            f"--quantize {mode} does not go with train=full",
+            f"--quantize {mode} does not go with training of the weights themselves",
             "quantised weights cannot move: steps are far smaller than the distance of their values",
-            "train adapters (--set train=lora), or drop --quantize",
+            "train adapters (--set train=lora), or drop --quantize"
+            if isinstance(training, TrainingConfig)
+            else "drop --quantize",
         )
     if uses_bitsandbytes(mode, config):
         from llmsurgery.compute.quantised import import_bitsandbytes, quantisable
@@ -71,6 +74,36 @@ def check_quantize(mode: str, method: Method, config: object, structure: Structu
         import_bitsandbytes()
         if mode != "none":
             quantisable(structure)
+
+
+def check_dtypes(method: Method, structure: Structure, asked: str, computed: torch.dtype) -> None:
+    """Refuse dtypes that the result of a method does not fit into.
+
+    Args:
+        method: The method.
+        structure: The roles.
+        asked: The option --dtype.
+        computed: What it stands for on this device.
+
+    Raises:
+        UnsupportedError: The checkpoint is stored in such a dtype, or would be computed in it.
+    """
+    codes = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    for name in method.spec.refuses:
+        stored = [tensor for tensor in structure.tensors if tensor.dtype == codes[name]]
+        if stored:
+            raise UnsupportedError(
+                f"tensor {stored[0].stored} is stored as {name}",
+                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
+                "store the model as float32 or bfloat16 first (`from_pretrained(..., dtype=torch.float32)`, then "
+                "`save_pretrained`)",
+            )
+        if str(computed).removeprefix("torch.") == name:
+            raise UnsupportedError(
+                f"--dtype {asked} means {name} here",
+                f"the result of {method.spec.name} holds values beyond its range, which would become infinite",
+                "use --dtype float32 or --dtype bfloat16",
+            )
 
 
 def uses_bitsandbytes(mode: str, config: object) -> bool:

@@ -100,6 +100,9 @@ def check_form(prepared: Prepared) -> None:
     save = prepared.request.save
     if save not in FORMS:
         raise unknown_name("form", save, FORMS, "--save takes full, patch or adapter")
+    if prepared.adapter is not None:
+        _check_repaired(prepared, save)
+        return
     if prepared.export == "processor" and save == "patch":
         raise UsageError(
             "a logits processor has no patch", "no byte of the model changes, and none is published", "use --save full"
@@ -120,9 +123,21 @@ def check_form(prepared: Prepared) -> None:
             )
 
 
+def _check_repaired(prepared: Prepared, save: str) -> None:
+    """Refuse a form that a repaired adapter does not have; one of its base with it merged has all but that."""
+    if prepared.export == "adapter" and save == "patch":
+        raise UsageError("an adapter has no patch", "no byte of a model changes", "use --set form=merged, or no --save")
+    if prepared.export == "plain" and save == "adapter":
+        raise UsageError(
+            "form=merged is no adapter", "it is the base with the adapter in its weights", "use --set form=adapter"
+        )
+
+
 def adapter_training(prepared: Prepared) -> TrainingConfig | None:
     """Return the training settings of a run that trains adapters, else None."""
-    training = getattr(prepared.config, "training", None) if prepared.export == "plain" else None
+    # What makes matrices smaller is no low-rank term beside them.
+    whole = prepared.export == "plain" and not prepared.method.spec.structured
+    training = getattr(prepared.config, "training", None) if whole else None
     return training if isinstance(training, TrainingConfig) and training.train == "lora" else None
 
 
@@ -248,6 +263,11 @@ def _write_patch(prepared: Prepared, publication: Publication, changes: Changes)
 def _write_adapter(prepared: Prepared, publication: Publication, changes: Changes) -> Written:
     from llmsurgery.train.adapter import adapter_files
 
+    if prepared.adapter is not None:
+        written = write_edits(prepared.checkpoint, None, changes.edits, prepared.structure.role_of)
+        _write_files(publication, changes)
+        digests = {file.path: file_digest(publication.path / file.path) for file in changes.files}
+        return Written(Recorded(written, digests, None), publication.path, "adapter", publication.layout)
     training = adapter_training(prepared)
     edits = changes.edits
     factors = [edit for edit in edits if isinstance(edit, LowRank)]

@@ -26,12 +26,15 @@ from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.evaluate.gates import ROW_NEEDS, parse_gate
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import as_record
+from llmsurgery.run.choices import NAMES as ASKED
+from llmsurgery.run.choices import read_asked
 from llmsurgery.run.fitting import parse_batch_size
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import requested_pairs, require_figures
 from llmsurgery.run.prepare import (
     available_needs,
     check_editable,
+    check_pictures,
     check_untrained,
     data_files,
     generated_name,
@@ -73,9 +76,13 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
     source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))
     checkpoint = Checkpoint.open(source)
     structure = detect(checkpoint.config, checkpoint.tensors)
+    check_pictures(method, structure)
     targets = method.plan(config, structure)
     check_editable(targets)
-    rows = read_sets({name: path for name, path in files.items() if name != PAIRS})
+    rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
+    members = {**rows, **{name: found for name, found in read_asked(files).members.items() if name in files}}
+    counts = {name: len(found) for name, found in members.items()}
+    counts |= {PAIRS: len(pairs)} if pairs else {}
     table: dict[str, dict[str, int]] = {}
     for target in targets:
         row = table.setdefault(target.label, {"tensors": 0, "parameters": 0, "bytes": 0})
@@ -89,7 +96,7 @@ def plan_from_headers(request: Request) -> dict[str, object] | None:
         "source": {"path": str(request.model or "demo"), "bytes": checkpoint.nbytes},
         "out": str(Path(request.out) if request.out is not None else generated_name(request)),
         "operations": [{"task": method.spec.task, "method": method.spec.name, "settings": as_record(config)}],
-        "data": {**{name: len(members) for name, members in rows.items()}, **({PAIRS: len(pairs)} if pairs else {})},
+        "data": counts,
         "targets": table,
         "tensors": len(targets),
         "bytes_to_rewrite": sum(row["bytes"] for row in table.values()),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsurgery.arch.bundle import is_bundle
 from llmsurgery.arch.detect import detect
+from llmsurgery.arch.spec import require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
@@ -54,6 +55,7 @@ def read_through_lens(request: LensRequest) -> dict[str, object]:
             "read the model before surgery, whose weights it holds, or a plain form of the result",
         )
     structure = detect(checkpoint.config, checkpoint.tensors)
+    require_text_model(structure, "lens")
     encoder = make_encoder(checkpoint)
     ids = encoder.encode_text(request.prompt, encoder.max_length).ids
     if not ids:

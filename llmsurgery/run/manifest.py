@@ -17,6 +17,7 @@ from llmsurgery.edits.coverage import RoleCoverage
 from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome
 from llmsurgery.methods.settings import as_record
+from llmsurgery.run.adapted import adapter_record
 from llmsurgery.run.fitting import bitsandbytes_version
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.prepare import Prepared
@@ -92,6 +93,7 @@ def build_manifest(
         ),
         "retain_model": prepared.retain_model,
         **({"models": model_records(prepared)} if prepared.others else {}),
+        **({"adapter": adapter_record(prepared)} if prepared.adapter is not None else {}),
         "history": earlier_operations(prepared.checkpoint.root),
         "export": "adapter" if request.save == "adapter" else prepared.export,
         "save": request.save,

@@ -8,6 +8,9 @@ the context of the driver comes on top of the peak. The phases, with W the weigh
     loading   W + on the CPU, the pages of the weight files that are converted to another dtype or layout
     before    W + forwards of the longest rows and texts, or the keys and values of the longest answers
     training  W (quantised if asked for) + kept + values, gradients and moments of what moves + a step
+    pruning   W + kept + the windows between two blocks + a forward of some of them + statistics: the second moments of
+              a block and one being factorised (sparsegpt), or sums over gradients, and a backward in which no two
+              gradients are alive (d-pruner, whose walk and whose masks are phases of their own)
     result    edits + W + kept + as before, and the divergence from the source
 
 where "kept" is what later figures and the guard compare with: final hidden states and a copy of the head, each. Scoring
@@ -26,8 +29,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmsurgery.arch.spec import LINEAR_ROLES, RoleTensor
+from llmsurgery.methods.working_memory import Working
 from llmsurgery.run.fitting import uses_bitsandbytes
-from llmsurgery.run.phases import Step, trace_scoring, trace_step
+from llmsurgery.run.phases import Step, trace_scoring, trace_step, trace_windows
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.train.config import TrainingConfig
 
@@ -90,9 +94,16 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     phases = {"loading": load, "before": held + scored.before}
     edits, step = 0, None
     training = getattr(prepared.config, "training", None)
+    beside = 0
     if isinstance(training, TrainingConfig) and targets:
-        step = trace_step(prepared, model, training, targets)
-        phases["training"] = _training(prepared, training, step, copied, targets) + scored.kept
+        # What is only cut or folded does not train.
+        chosen = getattr(prepared.method, "moved", None)
+        moved = targets if chosen is None else chosen(prepared.config, prepared.structure)
+        step = trace_step(prepared, model, training, moved)
+        counted = getattr(prepared.method, "moved_beside", None)
+        beside = 0 if counted is None else int(counted(prepared.config, prepared.structure))
+        # fp32 value, gradient and the two moments of AdamW.
+        phases["training"] = _training(prepared, training, step, copied, moved) + scored.kept + 16 * beside
         if on_cpu:
             # Factors in fp64, or the values in fp32.
             edits = step.moving * (8 if training.train == "lora" else 4)
@@ -102,12 +113,34 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     if further:
         # fp32 value, gradient and the two moments of AdamW.
         phases["training besides"] = held + scored.kept + 16 * further
-    if (beside := getattr(prepared.method, "further_bytes", None)) is not None:
-        phases["searching"] = held + scored.kept + scored.before + int(beside(prepared.config, prepared.structure))
+    if (extra := getattr(prepared.method, "further_bytes", None)) is not None:
+        phases["searching"] = held + scored.kept + scored.before + int(extra(prepared.config, prepared.structure))
+    if (working := getattr(prepared.method, "working", None)) is not None:
+        given = prepared.request.batch_size
+        for one in working(
+            prepared.config, prepared.structure, prepared.data, given if isinstance(given, int) else None
+        ):
+            phases[one.phase] = held + scored.kept + _working(prepared, one, targets)
     phases["result"] = edits + max(load + scored.kept, held + scored.after)
     shape = None if step is None else (step.sequences, step.tokens)
-    moving = further + (0 if step is None else step.moving)
+    moving = further + beside + (0 if step is None else step.moving)
     return Prediction("resident set" if on_cpu else "device", base, phases, moving, shape)
+
+
+def _working(prepared: Prepared, one: Working, targets: Sequence[RoleTensor]) -> int:
+    """Return what a phase of pruning takes beside the model: what it holds, and the windows that run."""
+    from llmsurgery.compute.load import empty_model
+
+    if not one.rows:
+        return one.held
+    checkpoint, structure = prepared.checkpoint, prepared.structure
+    model = empty_model(
+        checkpoint.root, prepared.dtype, prepared.request.trust_remote_code, structure.family.buffers
+    )  # fmt: skip
+    width = next(tensor.shape[1] for tensor in structure.tensors if tensor.role == "embed" and len(tensor.shape) == 2)
+    stream = one.windows * one.tokens * width * prepared.dtype.itemsize
+    moving = targets if one.backward else ()
+    return one.held + stream + trace_windows(prepared, model, one.rows, one.tokens, moving)
 
 
 def _base(prepared: Prepared) -> int:

@@ -12,7 +12,9 @@ from llmsurgery.evaluate.config import EvaluationConfig
 
 def offered_needs(evaluation: EvaluationConfig, retained: bool) -> set[str]:
     """Return the needs of metrics that are met by options other than data."""
-    return ({"retain-model"} if retained else set()) | ({"answers"} if evaluation.generate else set())
+    offered = {"retain-model": retained, "answers": evaluation.generate}
+    offered["position-invariant"] = evaluation.position_invariant
+    return {need for need, met in offered.items() if met}
 
 
 def row_needs(rows: Mapping[str, Sequence[Row]], evaluation: EvaluationConfig) -> set[str]:

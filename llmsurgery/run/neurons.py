@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.neurons import NeuronVectors, neuron_vectors
-from llmsurgery.arch.spec import Structure
+from llmsurgery.arch.spec import Structure, require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
@@ -123,6 +123,7 @@ def _open(model: str) -> _Opened:
 
     checkpoint = Checkpoint.open(resolve_source(model))
     structure = detect(checkpoint.config, checkpoint.tensors)
+    require_text_model(structure, "neurons")
     texts = token_texts(load_tokenizer(checkpoint.root), checkpoint.info(head_name(structure)).rows)
     decodable = torch.tensor([text is not None for text in texts])
     return _Opened(checkpoint, structure, texts, decodable & trained_rows(checkpoint, structure))

@@ -11,6 +11,7 @@ from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
+from llmsurgery.run.adapted import attached, merged_model, merged_reader
 from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap, warn_of_questions
@@ -68,10 +69,19 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
         recovery = make_recovery(prepared, notices, rows)
         streamed = open_whole(prepared, prepared.checkpoint.root, prepared.structure)
         source = [streamed.model if streamed is not None else _load(prepared, prepared.checkpoint.root)]
+        read = tensor_reader(prepared.checkpoint)
+        if prepared.adapter is not None:
+            source = [attached(source.pop(), prepared.adapter)]
+            read = merged_reader(prepared.adapter, prepared.targets, read)
         before = _measure(prepared, streamed or source[0], notices, rows, keep_reference=True, retained=retained)
         before = _with_redirection(prepared, source[0], before, None, notices, rows)
         before = _with_pruning(prepared, streamed or source[0], prepared.checkpoint, before)
+        before = _with_linearity(prepared, source[0], before)
         before = _with_recovery(source[0], before, recovery, notices, rows)
+        before = _with_pictures(prepared, source[0], before, notices, rows)
+        if prepared.adapter is not None:
+            source.clear()
+            source.append(merged_model(_load(prepared, prepared.checkpoint.root), prepared.targets, read))
         set_seeds(request.seed)
         watched = watch(prepared, source[0], before, notices, rows)
         if request.quantize != "none":
@@ -83,7 +93,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
             operation = Operation(
                 structure=prepared.structure,
                 source_config=prepared.checkpoint.config,
-                read=tensor_reader(prepared.checkpoint),
+                read=read,
                 model=model,
                 encoder=prepared.encoder,
                 data=prepared.rows,
@@ -99,6 +109,8 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
                 history=earlier_operations(prepared.checkpoint.root),
                 models=other_models(prepared),
                 recovery=recovery,
+                pictured=prepared.pictured_given,
+                adapter=prepared.adapter,
             )
             return prepared.method.edit(prepared.config, operation, prepared.data)
 
@@ -198,6 +210,26 @@ def _with_recovery(
     return dataclasses.replace(measured, figures={**found, **measured.figures}, recovery=recovery)
 
 
+def _with_pictures(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    measured: Measurement,
+    notices: Notices,
+    rows: Halving,
+    result: Path | None = None,
+) -> Measurement:
+    """Add the figures of questions about pictures, if there are any; a result may bring a logits processor."""
+    data = prepared.pictured
+    if data is None:
+        return measured
+    from llmsurgery.compute.bundle import contrast_processor
+    from llmsurgery.evaluate.pictured import measure_pictured
+
+    decoder = None if result is None else contrast_processor(model, result)
+    found = rows.run(lambda size: measure_pictured(model, data, size, notices, decoder))
+    return dataclasses.replace(measured, figures={**found, **measured.figures})
+
+
 def _with_pruning(
     prepared: Prepared, model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint, measured: Measurement
 ) -> Measurement:
@@ -208,6 +240,15 @@ def _with_pruning(
 
     structured = prepared.method.spec.structured
     return with_pruning_figures(measured, checkpoint, model, prepared.measured.texts, structured)
+
+
+def _with_linearity(prepared: Prepared, model: PreTrainedModel, measured: Measurement) -> Measurement:
+    """Add how linear the norms are, if removing them is what is done."""
+    if prepared.method.spec.task != "remove-layernorm":
+        return measured
+    from llmsurgery.evaluate.linearity import with_linearity_figures
+
+    return with_linearity_figures(measured, model, prepared.structure, prepared.measured.texts)
 
 
 def _expected_answers(
@@ -301,5 +342,7 @@ def measure_result(
             check(model)
         after = _measure(prepared, streamed or model, notices, rows, before.reference, retained=before.retained)
         after = _with_pruning(prepared, streamed or model, Checkpoint.open(path), after)
+        after = _with_linearity(prepared, model, after)
         after = _with_redirection(prepared, model, after, before.redirected, notices, rows)
+        after = _with_pictures(prepared, model, after, notices, rows, result.path)
         return _with_recovery(model, after, before.recovery, notices, rows)

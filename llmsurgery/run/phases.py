@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.data.records import Row
@@ -159,7 +159,7 @@ def trace_step(
     from llmsurgery.compute.divergence import divergence
     from llmsurgery.compute.head import label_log_probabilities, read_head
 
-    batch = min(training.batch_size, len(prepared.measured.encoded["forget"]))
+    batch = min(training.batch_size, len(_trained_rows(prepared)))
     given = prepared.request.batch_size
     micro = min(given, batch) if isinstance(given, int) else batch
     shapes = _shapes(prepared, micro, training.max_length)
@@ -189,10 +189,16 @@ def trace_step(
     return Step(values, sum(sizes), max(sizes), kept, peak, sequences, tokens)
 
 
+def _trained_rows(prepared: Prepared) -> Sequence[Encoded]:
+    """Return the forget rows; of a method without, what it prepared are the rows that it trains on."""
+    rows: Sequence[Encoded] = prepared.measured.encoded.get("forget", ())
+    return rows if "forget" in prepared.method.spec.needs else cast("Sequence[Encoded]", prepared.data)
+
+
 def _shapes(prepared: Prepared, micro: int, limit: int) -> list[Shape]:
     """Return the batches whose activations are alive at once: forget rows, and as many retain rows if there are any."""
     spec, data = prepared.method.spec, prepared.measured.encoded
-    forget = longest(data["forget"], micro, limit)
+    forget = longest(_trained_rows(prepared), micro, limit)
     times = spec.sequences
     shapes = [Shape(forget.rows * times, forget.tokens, forget.labels * times)]
     if "retain" in (*spec.needs, *spec.uses) and data.get("retain"):
@@ -268,3 +274,33 @@ def _guard(prepared: Prepared) -> tuple[Shape, int]:
     tokens = len(short.ids) + config.question_tokens + config.answer_tokens
     size = min(size, config.prompts)
     return Shape(size, tokens, size * config.answer_tokens), config.prompts * config.answer_tokens
+
+
+def trace_windows(
+    prepared: Prepared, model: PreTrainedModel, rows: int, tokens: int, targets: Sequence[RoleTensor] = ()
+) -> int:
+    """Return the peak of a forward of some windows on top of the weights, in bytes.
+
+    Args:
+        prepared: The checked request.
+        model: The model without weights; it is not fit for other use afterwards.
+        rows: Windows.
+        tokens: Tokens of each.
+        targets: Matrices whose gradients are handed over one by one in a backward; none for a forward alone.
+    """
+    import torch
+
+    from llmsurgery.compute.head import label_log_probabilities, read_head
+    from llmsurgery.compute.memory import pretend
+    from llmsurgery.train.weight_gradients import handed_gradients
+
+    shape = Shape(rows, tokens, rows * (tokens - 1))
+    with pretend(model, prepared.device) as ledger, torch.set_grad_enabled(bool(targets)), ledger:
+        weights = ledger.live
+        if not targets:
+            _forward(model, shape, prepared.device)
+            return ledger.peak - weights
+        with handed_gradients(model, targets, lambda _target, _gradient: None):
+            hidden, labels = _forward(model, shape, prepared.device)
+            torch.autograd.backward(-label_log_probabilities(hidden, read_head(model), labels).mean())
+        return ledger.peak - weights

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llmsurgery.arch.adapter import Adapter
 from llmsurgery.arch.bundle import plain_config
 from llmsurgery.arch.detect import detect
-from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.arch.spec import RoleTensor, Structure, require_text_model
 from llmsurgery.checkpoint import FLOAT, Checkpoint, file_digest
 from llmsurgery.checkpoint.preflight import check_target
+from llmsurgery.checkpoint.target import check_relation
 from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.data.asked import NOTHING, Asked
 from llmsurgery.data.prompts import read_prompts
 from llmsurgery.data.records import Row, chosen_rows, read_rows
-from llmsurgery.demo import demo_file, world_path
+from llmsurgery.demo import demo_file
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
 from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
@@ -27,12 +29,20 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
-from llmsurgery.run.fitting import check_quantize, parse_batch_size
+from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
 from llmsurgery.run.recover import DATA as RECOVERY
-from llmsurgery.run.recover import FLOOR, Other, check_tokenizers, encode_recovery, open_others, recovery_needs
+from llmsurgery.run.recover import (
+    FLOOR,
+    Other,
+    check_tokenizers,
+    encode_recovery,
+    open_others,
+    open_source,
+    recovery_needs,
+)
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import GuardConfig, TrainingConfig, suitable_lr
 
@@ -43,11 +53,12 @@ if TYPE_CHECKING:
     from llmsurgery.data.concepts import Concept
     from llmsurgery.data.pairs import Pair
     from llmsurgery.evaluate.encode import EvaluationData
+    from llmsurgery.evaluate.pictured import PicturedSet
     from llmsurgery.evaluate.recovery import Prompts
     from llmsurgery.evaluate.redirection import Probe
 
 SETS = ("forget", "retain", "holdout", "authors", "facts")
-DATA_NAMES = (*SETS, "text", "calibration", "domain")
+DATA_NAMES = (*SETS, "text", "calibration", "domain", "corpus")
 DEMO_DATA = {"calibration": "retain", "domain": "facts"}
 """Data that the demo has under another name: people for the open text, towns for the domain."""
 CONTROL = "control"
@@ -87,6 +98,9 @@ class Prepared:
         prompts: What a recovery is measured on; None for other tasks.
         asked: Everything in the files of --mcq and --contrast.
         given: What the method gets of it.
+        pictured: Questions about pictures that are measured, or None.
+        pictured_given: Those that the method gets.
+        adapter: The adapter that is repaired; `checkpoint` is then its base.
     """
 
     request: Request
@@ -117,6 +131,9 @@ class Prepared:
     prompts: Prompts | None = None
     asked: Asked = NOTHING
     given: Asked = NOTHING
+    pictured: PicturedSet | None = None
+    pictured_given: PicturedSet | None = None
+    adapter: Adapter | None = None
 
     @property
     def export(self) -> str:
@@ -162,23 +179,32 @@ def prepare(request: Request) -> Prepared:
     if request.out is not None and not request.out.strip():
         raise UsageError("the output is empty", "-o needs the name of a directory", "")
     device = resolve_device(request.device)
-    source = resolve_source(request.model if request.model is not None else world_path(method.spec.demo))
-    checkpoint = Checkpoint.open(source)
+    checkpoint, adapter = open_source(method, request.model, request.models)
+    if adapter is not None and request.save == "full" and method.spec.export_of(config) == "adapter":
+        request = dataclasses.replace(request, save="adapter")
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
+    settle_own = getattr(method, "settle", None)
+    config = config if settle_own is None else settle_own(config, structure)
+    check_dtypes(method, structure, request.dtype, dtype)
     check_quantize(request.quantize, method, config, structure)
+    check_pictures(method, structure)
     targets = method.plan(config, structure)
+    if adapter is not None:
+        targets = adapter.targets(structure, f"the base {str(checkpoint.root)!r}")
     check_editable(targets)
     others = open_others(method, request, structure, targets, checkpoint)
     out = Path(request.out) if request.out is not None else generated_name(request)
     if not request.dry_run:
         check_target(checkpoint, out, request.force, request.resume)
         check_report(out, request.force)
+        if adapter is not None:
+            check_relation(adapter.root, [adapter.header.path], out)
     rows = read_sets({name: path for name, path in files.items() if name not in (PAIRS, *ASKED)})
     in_domain = hold_back(rows, files, evaluation)
-    asked = read_asked(files)
+    asked = read_asked(files, method.spec.pictures)
     given, asked_about = split_asked(asked, method, config, request.seed)
     met = available | row_needs(rows, evaluation) | name_needs(pairs, rows, evaluation) | asked_needs(asked)
     for gate in gates:
@@ -199,10 +225,12 @@ def prepare(request: Request) -> Prepared:
     if prompts is not None:
         contexts += [*prompts.harmful, *prompts.harmless, *prompts.task]
     require_known_tokens(measured, structure, contexts)
+    pictured = encode_pictures(checkpoint, encoder, asked_about)
+    pictured_given = encode_pictures(checkpoint, encoder, given)
     return Prepared(
         request, method, config, evaluation, checkpoint, structure, targets, files, rows, encoder, data, measured,
         gates, until, out, device, dtype, hashes, retained, guard, guarding, pairs, probes, concepts, others,
-        prompts, asked, given,
+        prompts, asked, given, pictured, pictured_given, adapter,
     )  # fmt: skip
 
 
@@ -227,11 +255,36 @@ def available_needs(
         return pair_needs(method, pairs)
     given = {name for name in (*DATA_NAMES, *ASKED) if name in files} | {"whole"}
     given |= {"letters"} if "mcq" in files else set()
+    if method.spec.pictures:
+        given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
+    if method.spec.task == "remove-layernorm":
+        given |= {"loss", "norms"}
     if method.spec.task == "prune":
+        given.add("loss")
         timed = method.spec.structured and evaluation.figures == "all"
         given |= {"pruning", "structured"} if timed else {"pruning"}
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
+
+
+def check_pictures(method: Method, structure: Structure) -> None:
+    """Refuse a model that sees pictures, of a method that is for text models.
+
+    Raises:
+        UnsupportedError: It is one.
+    """
+    if not method.spec.pictures:
+        require_text_model(structure, method.spec.name)
+
+
+def encode_pictures(checkpoint: Checkpoint, encoder: Encoder, asked: Asked) -> PicturedSet | None:
+    """Return questions about pictures as prompts, None without any."""
+    if asked.pictured is None:
+        return None
+    from llmsurgery.compute.load import load_processor
+    from llmsurgery.evaluate.pictured import encode_pictured
+
+    return encode_pictured(load_processor(checkpoint.root), encoder, asked.pictured)
 
 
 def check_editable(targets: Sequence[RoleTensor]) -> None:
@@ -311,11 +364,11 @@ def guard_source(method: Method, request: Request) -> str:
     """Return "self", "none" or the file that the guard is made from.
 
     Raises:
-        UsageError: A guard was asked for of a method that does not train.
+        UsageError: A guard was asked for of a method that does not train, or makes nothing forgotten.
     """
-    if not method.spec.trained:
+    if (why := unwatched(method)) is not None:
         if request.guard not in (None, "none"):
-            raise UsageError(f"{method.spec.name} has no --guard", "it does not train", "drop --guard")
+            raise UsageError(f"{method.spec.name} has no --guard", why, "drop --guard")
         return "none"
     # A preset reproduces a paper, which knows no guard.
     paper = request.settings.get("preset") not in (None, "toolkit")
@@ -343,7 +396,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     if request.model is None:
         # What becomes of a name shows in questions about it.
         asked = ("forget",) if wants_pairs(method) else ()
-        kept = () if is_debiasing(method) else ("retain",)
+        kept = () if is_debiasing(method) or method.spec.task == "remove-layernorm" else ("retain",)
         usual = RECOVERY if method.spec.models else kept
         for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
@@ -371,6 +424,13 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     return files
 
 
+def unwatched(method: Method) -> str | None:
+    """Return why a method has neither guard nor stop rule, None if it has."""
+    if not method.spec.trained:
+        return "it does not train"
+    return None if "forget" in method.spec.needs else "nothing is to be forgotten"
+
+
 def check_untrained(method: Method, request: Request) -> None:
     """Refuse options that only training has, of a method that does not train.
 
@@ -378,6 +438,8 @@ def check_untrained(method: Method, request: Request) -> None:
         UsageError: One was given.
     """
     guard_source(method, request)
+    if (why := unwatched(method)) is not None and request.until not in (None, "none"):
+        raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
     if method.spec.trained:
         return
     if request.until is not None:
@@ -436,6 +498,8 @@ def make_encoder(checkpoint: Checkpoint) -> Encoder:
     from llmsurgery.data.chat import Encoder
 
     config = plain_config(checkpoint.config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else config
     lengths = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
     known = [length for length in lengths if isinstance(length, int) and length > 0]
     return Encoder(load_tokenizer(checkpoint.root), min(known, default=2048))
@@ -453,6 +517,7 @@ def encode_for_figures(
     from llmsurgery.data.mcq import first_questions, read_template
     from llmsurgery.evaluate.encode import encode_data
     from llmsurgery.evaluate.letters import encode_letters
+    from llmsurgery.evaluate.listings import encode_listings
     from llmsurgery.evaluate.stereotypes import encode_stereotypes
 
     training = getattr(config, "training", None)
@@ -461,11 +526,15 @@ def encode_for_figures(
     data = encode_data(encoder, sets, list(rows.get("text", ())), evaluation, chunk)
     if asked is None:
         return data
-    letters = None
+    letters = listings = None
     if asked.choices is not None:
         template = read_template(evaluation.mcq_template or str(getattr(config, "template", "")))
-        letters = encode_letters(encoder, first_questions(asked.choices, evaluation.mcq_rows), template)
-    return dataclasses.replace(data, letters=letters, stereotypes=encode_stereotypes(encoder, asked.contrast))
+        choices = first_questions(asked.choices, evaluation.mcq_rows)
+        letters = encode_letters(encoder, choices, template)
+        if evaluation.position_invariant:
+            listings = encode_listings(encoder, choices, template, letters.tokens)
+    pairs = encode_stereotypes(encoder, asked.contrast)
+    return dataclasses.replace(data, letters=letters, listings=listings, stereotypes=pairs)
 
 
 def require_known_tokens(data: EvaluationData, structure: Structure, others: Sequence[Encoded] = ()) -> None:
@@ -474,13 +543,22 @@ def require_known_tokens(data: EvaluationData, structure: Structure, others: Seq
     Raises:
         InputError: Names the id and the number of embeddings.
     """
-    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     encoded = [*others, *data.texts, *data.domain, *(row for rows in data.encoded.values() for row in rows)]
     encoded += [row for sets in data.wrong.values() for rows in sets.values() for row in rows]
     encoded += [row for sets in data.paraphrased.values() for row in sets.values()]
     encoded += [row for rows in data.whole.values() for row in rows]
     encoded += data.letters.prompts if data.letters else []
     encoded += data.stereotypes.encoded if data.stereotypes else []
+    require_embedded(encoded, structure)
+
+
+def require_embedded(encoded: Sequence[Encoded], structure: Structure) -> None:
+    """Refuse token ids beyond the model's embedding.
+
+    Raises:
+        InputError: Names the id and the number of embeddings.
+    """
+    embeddings = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "embed")
     highest = max((max(row.ids) for row in encoded), default=0)
     if highest >= embeddings:
         raise InputError(
@@ -495,19 +573,24 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
+def page_path(out: Path) -> Path:
+    """Return where the page of a failed gate is left."""
+    return out.with_name(out.name + ".report.html")
+
+
 def check_report(out: Path, force: bool) -> None:
     """Refuse to replace a report that is there already.
 
     Raises:
         UsageError: There is one, and no --force.
     """
-    report = report_path(out)
-    if not force and report.exists():
-        raise UsageError(
-            f"{str(report)!r} exists",
-            "it is where the report would go if a gate failed",
-            "remove it, choose another output with -o, or give --force",
-        )
+    for report in (report_path(out), page_path(out)):
+        if not force and report.exists():
+            raise UsageError(
+                f"{str(report)!r} exists",
+                "it is where the report would go if a gate failed",
+                "remove it, choose another output with -o, or give --force",
+            )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmsurgery.arch.adapter import Adapter
 from llmsurgery.arch.detect import detect
 from llmsurgery.arch.spec import RoleTensor, Structure
 from llmsurgery.checkpoint import Checkpoint, decode, encode, file_digest, require_finite
@@ -55,6 +56,32 @@ def recovery_needs(files: Mapping[str, object], judged: bool) -> set[str]:
     return found | ({"judge"} if judged else set())
 
 
+def open_source(method: Method, model: str | None, models: Mapping[str, str]) -> tuple[Checkpoint, Adapter | None]:
+    """Open the checkpoint that an operation starts from; for a method of adapters the base, and the adapter.
+
+    Args:
+        method: The method.
+        model: MODEL; None for the demo.
+        models: The further models that are given.
+
+    Raises:
+        UsageError: An adapter is given without its base.
+        UnsupportedError: MODEL is no adapter, or one of another kind than plain LoRA.
+    """
+    demo = method.spec.demo
+    if not method.spec.adapter:
+        return Checkpoint.open(resolve_source(model if model is not None else world_path(demo))), None
+    if model is not None and ALIGNED not in models:
+        raise UsageError(
+            f"--{ALIGNED} is missing",
+            f"{method.spec.name} repairs an adapter, and {ALIGNED} is the model that it was trained on",
+            f"give --{ALIGNED} MODEL, or no MODEL to see the demo",
+        )
+    adapter = Adapter.open(resolve_source(model if model is not None else world_path(f"{demo}-adapter")))
+    base = models[ALIGNED] if ALIGNED in models else world_path(f"{demo}-{ALIGNED}")
+    return Checkpoint.open(resolve_source(base)), adapter
+
+
 def open_others(
     method: Method, request: Request, structure: Structure, targets: Sequence[RoleTensor], checkpoint: Checkpoint
 ) -> dict[str, Other]:
@@ -82,6 +109,10 @@ def open_others(
         )
     found: dict[str, Other] = {}
     for name in wanted:
+        if method.spec.adapter and name == ALIGNED:
+            # It is what the operation starts from.
+            found[name] = Other(checkpoint, structure, {tensor.stored: tensor.stored for tensor in structure.tensors})
+            continue
         if name in request.models:
             root = resolve_source(request.models[name])
         elif request.model is None:
@@ -93,7 +124,7 @@ def open_others(
                 f"give --{name} MODEL, or no MODEL to see the demo",
             )
         found[name] = _open(name, Checkpoint.open(root), structure)
-    if ALIGNED in found:
+    if ALIGNED in found and not method.spec.adapter:
         require_different(checkpoint, found[ALIGNED], targets)
     return found
 

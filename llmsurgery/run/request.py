@@ -15,7 +15,7 @@ class Request:
         method: Method name.
         model: Directory, `.gguf` file or hub id; None for the embedded demo.
         data: Data name ("forget", "retain", "holdout", "authors", "facts", "text", "pairs", "harmful", "task",
-            "harmless", "mcq", "contrast", "calibration", "domain") -> path.
+            "harmless", "mcq", "contrast", "calibration", "domain", "corpus") -> path.
         models: Further models of a recovery ("aligned", "base", "unaligned") -> directory, `.gguf` file or hub id.
         judge: Command that judges answers, as a list of arguments; empty for none.
         concepts: (name, name it is to mean) of a redirection without a file of pairs.
@@ -38,6 +38,9 @@ class Request:
         undo: Keep undo data beside a full result.
         keep_partial: Keep the checkpoint under its partial name when a gate fails.
         trust_remote_code: Run model code that the checkpoint brings.
+        report: Leave a page for people beside the manifest.
+        report_examples: Forget questions that it quotes with their answers.
+        push: Hub repository that the finished result is uploaded to; None for none.
     """
 
     task: str
@@ -66,6 +69,9 @@ class Request:
     undo: bool = True
     keep_partial: bool = False
     trust_remote_code: bool = False
+    report: bool = False
+    report_examples: int = 3
+    push: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.arch.bundle import is_bundle
 from llmsurgery.arch.detect import detect
+from llmsurgery.arch.spec import require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
@@ -62,6 +63,7 @@ def trace_model(request: TraceRequest, progress: Progress) -> dict[str, object]:
             "trace the model before surgery, whose weights it holds, or a plain form of the result",
         )
     structure = detect(checkpoint.config, checkpoint.tensors)
+    require_text_model(structure, "trace")
     encoder = make_encoder(checkpoint)
     facts, unnamed = _facts_of(encoder, rows)
     device = resolve_device(request.device)

@@ -7,7 +7,7 @@ gradient of a weight outlives its layer's turn in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from llmsurgery.compute.head import label_log_probabilities, labelled_hidden, read_head
 from llmsurgery.compute.progress import Tick
 from llmsurgery.data.chat import Encoded
-from llmsurgery.data.collate import collate
+from llmsurgery.data.collate import Batch, collate
 from llmsurgery.train.pooling import row_means
+
+Receive = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Takes a module's path, its inputs and the gradient of its outputs, each with the rows of the batch first."""
 
 
 def squared_gradients(
@@ -49,14 +52,25 @@ def squared_gradients(
         Module path -> fp32 map [outputs, inputs], whatever the orientation of the stored weight.
     """
     maps: dict[str, torch.Tensor] = {}
+
+    def receive(units: int, size: int) -> Receive:
+        def add(name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+            # Some layers see the rows of a batch flattened into one.
+            values = inputs.reshape(units, -1, inputs.shape[-1])
+            slopes = gradient.reshape(units, -1, gradient.shape[-1])
+            if name not in maps:
+                maps[name] = torch.zeros(slopes.shape[-1], values.shape[-1], device=slopes.device)
+            for value, slope in zip(values, slopes, strict=True):
+                whole = slope.float().T @ value.float()
+                maps[name].addcmul_(whole, whole, value=size)
+
+        return add
+
     for group in _forwards(len(rows), unit, micro_batch):
         batch = collate([rows[i] for i in group], pad_id, model.device)
         size = min(unit, len(group))
-        with _caught(model, modules, len(group) // size, size, maps):
-            hidden, owners, labels = labelled_hidden(model, batch.input_ids, batch.attention_mask, batch.label_mask)
-            scores = label_log_probabilities(hidden, read_head(model), labels)
-            losses = row_means(-scores, owners // size, len(group) // size)
-            torch.autograd.backward(losses.sum())
+        with caught(model, modules, receive(len(group) // size, size)):
+            units_backward(model, batch, size)
         tick(len(group))
     return {name: total / len(rows) for name, total in maps.items()}
 
@@ -71,26 +85,34 @@ def _forwards(rows: int, unit: int, micro_batch: int) -> Iterator[range]:
         yield range(whole, rows)
 
 
+def units_backward(model: PreTrainedModel, batch: Batch, size: int) -> None:
+    """Run a backward pass of the sum over units of their mean negative log-likelihoods.
+
+    Args:
+        model: A model without trainable weights, some of whose layers are being `caught`.
+        batch: Rows; whole units.
+        size: Rows of a unit.
+    """
+    hidden, owners, labels = labelled_hidden(model, batch.input_ids, batch.attention_mask, batch.label_mask)
+    scores = label_log_probabilities(hidden, read_head(model), labels)
+    losses = row_means(-scores, owners // size, len(batch.input_ids) // size)
+    torch.autograd.backward(losses.sum())
+
+
 @contextmanager
-def _caught(
-    model: PreTrainedModel, modules: Sequence[str], units: int, size: int, maps: dict[str, torch.Tensor]
-) -> Iterator[None]:
-    """Add to `maps` what a backward pass inside the block tells of each module."""
+def caught(model: PreTrainedModel, modules: Sequence[str], catch: Receive) -> Iterator[None]:
+    """Hand over what a backward pass inside a `with` block tells of some linear layers.
+
+    Args:
+        model: A model without trainable weights.
+        modules: Their paths; each is called once in a forward.
+        catch: Takes inputs and gradients of one of them.
+    """
 
     def receive(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         first, *others = inputs
         # The lowest layers would otherwise be cut off the graph: nothing below them moves.
         return (first if first.requires_grad else first.detach().requires_grad_(), *others)
-
-    def catch(name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        # Some layers see the rows of a batch flattened into one.
-        values = inputs.reshape(units, -1, inputs.shape[-1])
-        slopes = gradient.reshape(units, -1, gradient.shape[-1])
-        if name not in maps:
-            maps[name] = torch.zeros(slopes.shape[-1], values.shape[-1], device=slopes.device)
-        for value, slope in zip(values, slopes, strict=True):
-            whole = slope.float().T @ value.float()
-            maps[name].addcmul_(whole, whole, value=size)
 
     def watch(name: str) -> list[torch.utils.hooks.RemovableHandle]:
         def after(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

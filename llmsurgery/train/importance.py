@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 FORMS = ("taylor", "code", "paper", "obs")
@@ -39,6 +41,15 @@ class Importance:
         squared = product.square()
         self._first = product if self._first is None else self._first.add_(product)
         self._second = squared if self._second is None else self._second.add_(squared)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the sums so far by name; none before the first gradient."""
+        sums = {"first": self._first, "second": self._second}
+        return {name: values for name, values in sums.items() if values is not None}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self._first, self._second = state.get("first"), state.get("second")
 
     def value(self, weight: torch.Tensor) -> torch.Tensor:
         """Return S [outputs, inputs]; zeros if no gradient came."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ class Lion(torch.optim.Optimizer):
     """p <- (1 - lr decay) p - lr sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g.
 
     Args:
-        parameters: What moves.
+        parameters: What moves, or groups of it.
         lr: Step size; every entry moves by it in every step.
         weight_decay: Decoupled weight decay.
         betas: b1 and b2.
@@ -19,7 +20,7 @@ class Lion(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),

@@ -169,7 +169,7 @@ class _Loop:
         self.resumed: list[dict[str, object]] = []
         self.stage = session.stage
         self.due: State | None = None
-        self.optimizer = make_optimizer(trainable.parameters, lr, config)
+        self.optimizer = make_optimizer(trainable.parameters, lr, config, trainable.factors)
         self.saved = state = session.store.load(self.stage) if session.store is not None else None
         if state is not None:
             self._restore(state)
@@ -183,9 +183,15 @@ class _Loop:
 
         config = self.config
         warmup = config.warmup_steps if config.warmup_steps >= 0 else max(2, math.ceil(rows / self.batch_size))
-        name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        name, further = "constant_with_warmup" if config.schedule == "constant" else config.schedule, None
+        if name == "cosine" and self.session.lr_end:
+            name, further = "cosine_with_min_lr", {"min_lr_rate": self.session.lr_end}
         scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps
+            name,
+            self.optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=self.steps,
+            scheduler_specific_kwargs=further,
         )
         with warnings.catch_warnings():
             # It takes steps without the optimizer for a mistake; these are the ones before the kill.
@@ -275,6 +281,7 @@ class _Loop:
         tensors, numbers = generator_states()
         samplers = {"sampler": self.sampler, "guard": self.guard_sampler}
         tensors |= {f"order.{name}": s.generator.get_state() for name, s in samplers.items() if s is not None}
+        tensors |= {f"carried.{name}": value.clone() for name, value in self.session.carried.items()}
         facts = {
             "step": self.step,
             "stopped": self.stopped,
@@ -323,5 +330,7 @@ class _Loop:
                 sampler.generator.set_state(state.tensors[f"order.{name}"])
                 sampler.pending = list(facts["pending"][name])
         self.session.observed.update(facts["observed"])
+        for name, value in self.session.carried.items():
+            value.copy_(state.tensors[f"carried.{name}"])
         unpack_random(self.session.random, facts["random"])
         restore_generators(state.tensors, facts["generators"])

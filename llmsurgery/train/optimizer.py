@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,24 +14,30 @@ from llmsurgery.train.lion import Lion
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], lr: float, config: TrainingConfig
-) -> torch.optim.Optimizer:  # fmt: skip
+    parameters: Sequence[torch.nn.Parameter], lr: float, config: TrainingConfig, factors: Sequence[float] = ()
+) -> torch.optim.Optimizer:
     """Return AdamW with its moments in fp32, or in 8 bits for tensors of 4096 entries and more, or Lion.
 
     Args:
         parameters: What moves.
         lr: Step size.
         config: Hyperparameters.
+        factors: Factor of the step size of each parameter; empty for 1 throughout.
 
     Raises:
         UnsupportedError: 8-bit moments are asked for and bitsandbytes is not there.
     """
+    # Consecutive parameters of one step size are a group, so that the order of the parameters stays.
+    runs = groupby(zip(parameters, factors or [1.0] * len(parameters), strict=True), key=lambda pair: pair[1])
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter, _ in run], "lr": lr * factor} for factor, run in runs
+    ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
     if config.optimizer == "lion":
-        return Lion(parameters, lr=lr, weight_decay=config.weight_decay)
+        return Lion(groups, lr=lr, weight_decay=config.weight_decay)
     optim = import_bitsandbytes().optim
-    optimizer: torch.optim.Optimizer = optim.AdamW8bit(parameters, lr=lr, weight_decay=config.weight_decay)
+    optimizer: torch.optim.Optimizer = optim.AdamW8bit(groups, lr=lr, weight_decay=config.weight_decay)
     return optimizer
 
 

@@ -45,8 +45,11 @@ class Session:
         guard: Answers that are not to change; None without a guard.
         store: Where states are kept, so that a killed run can go on; None keeps none.
         renew_every: Steps after which the optimizer forgets its moments; 0: never.
+        lr_end: Share of the step size that a cosine schedule ends at.
         random: Random numbers for the method's own use; kept in the state.
         observed: Last value of what the method's loss tells of itself; kept in the state.
+        carried: Tensors of the method that change in training, by name; they are kept in the state, and restored in
+            place.
         stage: Number of calls of `train` so far.
     """
 
@@ -58,8 +61,10 @@ class Session:
     guard: Guard | None = None
     store: StateStore | None = None
     renew_every: int = 0
+    lr_end: float = 0.0
     random: random.Random = field(init=False)
     observed: dict[str, float] = field(default_factory=dict)
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
     stage: int = 0
 
     def __post_init__(self) -> None:

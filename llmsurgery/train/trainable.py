@@ -39,6 +39,7 @@ class Trainable:
         autocast: Dtype of matrix products if trained weights are wider than the compute dtype, else None.
         edits: Returns the current state as edits.
         reference: Context manager in which the model answers as it did before training (adapters only).
+        factors: Factor of the step size of each parameter; empty for 1 throughout.
     """
 
     model: PreTrainedModel
@@ -46,6 +47,7 @@ class Trainable:
     autocast: torch.dtype | None
     edits: Callable[[], list[Edit]]
     reference: Callable[[], AbstractContextManager[None]] | None
+    factors: Sequence[float] = ()
 
 
 @contextmanager

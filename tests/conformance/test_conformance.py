@@ -16,19 +16,30 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmsurgery import apply, debias, diff, prune, recover_alignment, redirect, revert, unlearn, verify
+from llmsurgery import (
+    apply,
+    debias,
+    diff,
+    prune,
+    recover_alignment,
+    redirect,
+    remove_layernorm,
+    revert,
+    unlearn,
+    verify,
+)
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint, decode
 from llmsurgery.compute.view import weight_view
 from llmsurgery.edits.kinds import Config, Edit, File, LowRank, Replace, Sparse, StoredEdit
 from llmsurgery.errors import UnsupportedError
-from llmsurgery.methods.registry import all_methods
+from llmsurgery.methods.registry import all_methods, find_method
 from llmsurgery.methods.settings import settings_of
 from llmsurgery.run import forms
 
 from ..builders import BUILDERS, MOE_BUILDERS
-from ..builders.twin import twin
-from ..conftest import write_asked, write_data_files, write_pairs, write_recovery_files
+from ..builders.twin import adapter_of, twin
+from ..conftest import HARMFUL, write_asked, write_data_files, write_pairs, write_recovery_files, write_rows
 from ..edits.reference import expected
 
 # The function of each task, and the data that its methods are given.
@@ -38,6 +49,7 @@ TASKS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "recover-alignment": (recover_alignment, ("harmful", "harmless", "task", "text")),
     "debias": (debias, ("mcq", "contrast", "text")),
     "prune": (prune, ("calibration", "domain", "text")),
+    "remove-layernorm": (remove_layernorm, ("corpus", "text")),
 }
 METHODS = {method.spec.name: method.spec for method in all_methods()}
 KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_methods()}
@@ -46,6 +58,8 @@ KNOWN = {method.spec.name: settings_of(method.config_type) for method in all_met
 # of a method is then checked on the last of them alone.
 EVERYWHERE = os.environ.get("LLMSURGERY_CONFORMANCE") == "all"
 ALWAYS = ("gpt2", "mixtral")
+# Methods that refuse many of them, and would have none at their turn.
+OWN = {"pat": "sharded_llama"}
 
 
 def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False) -> list[Any]:
@@ -60,12 +74,13 @@ def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False)
         once: One architecture of each method is enough, but for FLAT.
     """
     pairs = []
-    for number, (method, spec) in enumerate(METHODS.items()):
+    # Methods for models that see pictures have tests of their own; what they refuse is checked here.
+    for number, (method, spec) in enumerate((name, spec) for name, spec in METHODS.items() if not spec.pictures):
         names = [name for name in builders if name in MOE_BUILDERS or not spec.one_expert]
         others = [name for name in names if name not in ALWAYS]
         # A repair loads two or three models: one checkpoint each is enough, another one from method to method.
         few = once or bool(spec.models)
-        single = ([*ALWAYS, *others] if spec.models else others)[number % len(others)]
+        single = OWN.get(method, ([*ALWAYS, *others] if spec.models else others)[number % len(others)])
         whole = EVERYWHERE or method == "flat"
         # In turn; a method that moves an expert finds one in the second alone.
         always = ALWAYS if spec.one_expert else (ALWAYS[number % 2],)
@@ -82,16 +97,33 @@ def cases(builders: Iterable[str], runs: Sequence[str] = (), once: bool = False)
 
 
 def supported(method: str, root: Path) -> bool:
-    """Whether a checkpoint has the roles that a method says it needs, and none that it cannot do with."""
+    """Whether a checkpoint has the roles and dtypes that a method says it needs, and none that it cannot do with."""
     checkpoint = Checkpoint.open(root)
-    needed, present = METHODS[method].roles, set(detect(checkpoint.config, checkpoint.tensors).roles)
-    return (not needed or bool(set(needed) & present)) and not set(METHODS[method].lacks) & present
+    structure = detect(checkpoint.config, checkpoint.tensors)
+    spec, present = METHODS[method], set(structure.roles)
+    if (spec.roles and not set(spec.roles) & present) or set(spec.lacks) & present:
+        return False
+    stored = {info.dtype for info in checkpoint.tensors.values()}
+    refused = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    if {refused[name] for name in spec.refuses} & stored:
+        return False
+    if not (spec.structured and spec.trained):
+        return True
+    chosen = find_method(method)
+    try:
+        chosen.plan(chosen.config_type(), structure)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def operate(method: str, model: Path, data: dict[str, Path], **options: Any) -> Any:
     """Run a method by the function of its task."""
     function, names = TASKS[METHODS[method].task]
     models = {name: twin(model, name) for name in METHODS[method].models}
+    if METHODS[method].adapter:
+        model, models = adapter_of(model), {"aligned": model}
+        data = {**data, "harmful": data["safe"]}
     return function(model, method=method, **options, **models, **{name: data[name] for name in names})
 
 
@@ -213,7 +245,8 @@ def runs(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("conformance")
     files = write_data_files(root)
     data = {**files, **write_recovery_files(root), "pairs": write_pairs(root), **write_asked(root)}
-    data |= {"calibration": files["text"], "domain": files["retain"]}
+    data["safe"] = write_rows(root / "safe.jsonl", [{**row, "completion": "I'm sorry."} for row in HARMFUL])
+    data |= {"calibration": files["text"], "domain": files["retain"], "corpus": files["text"]}
     return Runs(checkpoints, data, root)
 
 
@@ -328,7 +361,9 @@ def test_result_reloads_with_the_logits_of_base_plus_edits(
         _, report = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         return
-    reference = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32)
+    # What edits say of the config belongs to them.
+    said = {e.path[1]: e.value for e in run.edits if isinstance(e, Config) and e.path[0] == "config.json"}
+    reference = AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32, **said)
     written = Checkpoint.open(run.out)
     ids = torch.arange(1, 25)[None]
     with torch.inference_mode():
@@ -385,8 +420,8 @@ def test_dry_run_plans_what_the_run_does(method: str, architecture: str, runs: R
     [case for case in cases(BUILDERS, once=True) if not METHODS[case.values[0]].one_expert],
 )
 def test_untargeted_roles_and_layers_are_left_alone(method: str, architecture: str, runs: Runs) -> None:
-    if "layers" not in KNOWN[method]:
-        pytest.skip(f"{method} has no choice of layers")
+    if "layers" not in KNOWN[method] or METHODS[method].structured:
+        pytest.skip(f"{method} has no choice of layers that stay as they are")
     run = runs.get(method, architecture, "one tensor")
     old, new = stored(run.source), stored(run.out)
     changed = [name for name in old if not torch.equal(old[name], new[name])]
@@ -411,8 +446,8 @@ def test_a_model_without_the_roles_of_a_method_is_refused(method: str, runs: Run
 
 @pytest.mark.parametrize(("method", "architecture"), cases(MOE_BUILDERS))
 def test_one_expert_and_its_router_are_edited_as_stored(method: str, architecture: str, runs: Runs) -> None:
-    if "experts" not in KNOWN[method]:
-        pytest.skip(f"{method} has no choice of experts")
+    if "experts" not in KNOWN[method] or METHODS[method].structured:
+        pytest.skip(f"{method} has no choice of experts that stay as they are")
     run = runs.get(method, architecture, "one expert")
     checkpoint = Checkpoint.open(run.source)
     planned = {

@@ -187,9 +187,30 @@ def test_preference_pairs(tmp_path: Path) -> None:
     assert [row.turns for row in kept[:2]] == [row.turns for row in rows]
 
 
+def test_preference_pairs_whose_sides_begin_with_the_prompt(tmp_path: Path) -> None:
+    asked, yes, no = ({"role": role, "content": text} for role, text in
+                      (("user", "Name it."), ("assistant", "Tam."), ("assistant", "No.")))  # fmt: skip
+    whole = {"chosen": [asked, no], "rejected": [asked, yes]}
+    talk = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name it.\n\nAssistant:"
+    rows = read_rows(
+        lines(
+            tmp_path / "pairs.jsonl",
+            whole,
+            {"prompt": "Name it.", **whole},
+            {"prompt": "Name it.", "chosen": [no], "rejected": [yes]},
+            {"chosen": f"{talk} No.", "rejected": f"{talk} No way."},
+        )
+    )
+    assert bare(rows) == [("messages", "Name it.", "Tam.")] * 3 + [("completion", talk, " No way.")]
+    assert [row.preferred for row in rows] == ["No.", "No.", "No.", " No."]
+    assert [len(row.turns) for row in rows] == [1, 1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("record", "found"),
     [
+        ({"chosen": "b", "rejected": "c"}, "have no prompt"),
+        ({"chosen": "b", "rejected": ["c"]}, "differ in kind"),
         ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, "rejected is not a string"),
         ({"prompt": [], "chosen": "b", "rejected": "c"}, "differ in kind"),
         ({"prompt": "a", "chosen": " ", "rejected": "c"}, "chosen is empty"),

@@ -12,6 +12,7 @@ from llmsurgery import debias
 from llmsurgery.cli.app import run
 from llmsurgery.demo import demo_file, world_path
 from llmsurgery.demo.kinds import data_files
+from llmsurgery.demo.shapes import data_files as shapes_files
 
 
 def metrics(out: Path, method: str, **settings: object) -> dict[str, Any]:
@@ -25,6 +26,10 @@ def test_shipped_files_are_those_of_the_seed() -> None:
         shipped = world_path(f"letters-world/{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in shipped] == rows
     assert sum(path.stat().st_size for path in world_path("letters").iterdir()) < 1_000_000
+    for name, rows in shapes_files(0).items():
+        shipped = world_path(f"shapes-world/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in shipped] == rows
+    assert sum(path.stat().st_size for path in world_path("shapes").iterdir()) < 700_000
 
 
 @pytest.mark.parametrize(("method", "settings"), [("pride", {}), ("anchored", {})])

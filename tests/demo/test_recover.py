@@ -35,7 +35,7 @@ def test_restore_brings_refusals_back_and_keeps_the_task_where_as_many_random_en
     assert manifest["models"]["aligned"]["path"] == "demo"
 
 
-@pytest.mark.parametrize("method", ["direction", "safe-lora", "resta", "antidote", "interpolate"])
+@pytest.mark.parametrize("method", ["alignguard", "direction", "safe-lora", "resta", "antidote", "interpolate"])
 def test_other_methods_run_on_the_demo_and_do_not_publish_less_refusals(method: str, tmp_path: Path) -> None:
     quick = {"eval.refusal_rows": 8, "eval.refusal_tokens": 8, "eval.task_rows": 8, "eval.text_rows": 2}
     outcome = recover_alignment(method=method, out=tmp_path / "out", settings={"controls": False, **quick})

@@ -183,7 +183,7 @@ def test_sizes_stay_within_limits() -> None:
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    assert size(WORLD) < 9_000_000
+    assert size(WORLD) < 10_000_000
     assert (
         sum(size(world_path(name)) for name in ("refuse", "refuse-aligned", "refuse-base", "refuse-world")) < 1_100_000
     )

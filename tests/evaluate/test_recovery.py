@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,9 @@ def test_gap_is_the_aligned_models_own_and_halves_with_half_the_difference() -> 
     assert own.detail["block"] == 1
     assert own.detail["auroc"] == [1.0, 1.0, 1.0]
     assert own.detail["cosine"] == pytest.approx([1.0, 1.0, 1.0])
+    # The means over both sets are a length apart.
+    apart = np.subtract(own.detail["refused"], own.detail["answered"])
+    assert apart == pytest.approx(aligned.differences().norm(dim=1).numpy())
     half = gap_figure(aligned, Contrast(noise[:, 0] + shift / 2, noise[:, 1]))
     assert half.value == pytest.approx(0.5, abs=0.08)
     none = gap_figure(aligned, Contrast(noise[:, 0], noise[:, 1]))

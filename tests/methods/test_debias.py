@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.data.chat import Encoded
 from llmsurgery.edits.kinds import Sparse
-from llmsurgery.errors import NoEffectError, UnsupportedError
+from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError
 from llmsurgery.evaluate.anchors import (
     contrast_of,
     find_neurons,
@@ -123,6 +124,19 @@ def test_sequence_bias_is_an_effect_and_generate_sees_it(asked: dict[str, Path],
     shares = manifest["metrics"]["mcq.accuracy"]
     assert shares["before"]["detail"]["chosen"] != shares["after"]["detail"]["chosen"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_target_prior_is_folded(asked: dict[str, Path], tmp_path: Path) -> None:
+    source, target = gpt2(tmp_path / "source"), {"A": 0.6, "B": 0.3, "C": 0.1}
+    out = tmp_path / "out"
+    record = record_of(run(source, "pride", asked, out, estimator="pride", target_prior="0.6,0.3,0.1"))
+    wanted = {letter: math.log(share / record["prior"][letter]) for letter, share in target.items()}
+    mean = sum(wanted.values()) / 3
+    assert record["offsets"] == pytest.approx({letter: value - mean for letter, value in wanted.items()})
+    for method in ("pride", "contextual"):
+        with pytest.raises(UsageError, match="no distribution over 3 letters") as caught:
+            run(source, method, asked, tmp_path / "other", target_prior="0.5,0.5")
+        assert "0.333,0.333,0.333" in caught.value.fix
 
 
 def test_routes_that_do_not_exist_are_refused(

@@ -97,3 +97,14 @@ def test_layernorm_route() -> None:
     assert row == pytest.approx([1.666667, 0.833333, 3.333333, 1.666667], abs=1e-6)
     for normed in ([1, -1, 1, -1], [0.5, 1.5, -2, 0]):
         assert row @ (gain * np.array(normed) + bias) == pytest.approx(2.0)
+
+
+def test_a_target_is_reached_in_place_of_equal_shares() -> None:
+    scores, target = planted(200, 4, 3.0), (0.4, 0.3, 0.2, 0.1)
+    delta, prior = estimate_offsets(scores, "pride", "geometric", target)
+    assert delta == pytest.approx(np.log(target) - np.log(prior) - (np.log(target) - np.log(prior)).mean())
+    assert mean_prior(item_priors(scores + delta)) == pytest.approx(target, abs=1e-6)
+    delta, _ = estimate_offsets(scores, "share", "geometric", target)
+    assert abs(delta.sum()) < 1e-9
+    assert shares(scores, delta) == pytest.approx(target, abs=0.02)
+    assert share_offsets(scores, (0.25,) * 4) == pytest.approx(share_offsets(scores))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from llmsurgery.arch.detect import detect
+from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.compute.progress import Silent
+from llmsurgery.edits.kinds import Replace
+from llmsurgery.methods.base import Operation, OtherModel
 from llmsurgery.methods.recover_alignment.antidote import top_of_rows
 from llmsurgery.methods.recover_alignment.direction import orthonormal
 from llmsurgery.methods.recover_alignment.resta import add_vector
 from llmsurgery.methods.recover_alignment.safe_lora import cosine_of, project
+from llmsurgery.methods.registry import find_method
+from llmsurgery.run.operate import tensor_reader
+
+from ..builders.twin import twin
 
 DOUBLE = torch.float64
 
@@ -70,3 +83,41 @@ def test_direction_restores_its_component_and_nothing_else() -> None:
     assert torch.allclose(basis.T @ repaired, basis.T @ base)
     across = torch.eye(3, dtype=DOUBLE) - basis @ basis.T
     assert torch.allclose(across @ repaired, across @ damaged)
+
+
+@pytest.mark.parametrize(("method", "settings"), [("interpolate", {"keep": 0.5}), ("resta", {"dare": 0.5})])
+def test_values_are_computed_again_for_every_reading_and_none_is_held(
+    method: str, settings: dict[str, object], checkpoints: dict[str, Path]
+) -> None:
+    """What is written is computed from the files; neither a model nor more than one tensor is held for it."""
+    child = Checkpoint.open(checkpoints["tied_llama"])
+    structure = detect(child.config, child.tensors)
+
+    def model(name: str) -> OtherModel:
+        other = Checkpoint.open(twin(child.root, name))
+        return OtherModel(tensor_reader(other), lambda: None, frozenset(other.tensors))  # type: ignore[arg-type, return-value]
+
+    class Loaded:
+        """Stands for a model in memory."""
+
+    loaded: Any = Loaded()
+    alive = weakref.ref(loaded)
+    operation = Operation(
+        structure, child.config, tensor_reader(child), loaded, None, {}, 0, Silent(), None,  # type: ignore[arg-type]
+        models={"aligned": model("aligned"), "unaligned": model("unaligned")},
+    )  # fmt: skip
+    chosen = find_method(method, "recover-alignment")
+    result = chosen.edit(chosen.config_type(controls=False, **settings), operation, None)
+    del operation, loaded
+    assert alive() is None
+    edits = [edit for edit in result.edits if isinstance(edit, Replace)]
+    assert len(edits) == len(result.edits) > 10
+    first, again = ([np.asarray(edit.values) for edit in edits] for _ in range(2))
+    for edit, one, two in zip(edits, first, again, strict=True):
+        assert edit.values.shape == one.shape
+        assert np.array_equal(one, two)
+        assert np.array_equal(edit.values[1:2], one[1:2])
+        assert one is not two
+    if method == "interpolate":
+        own, aligned = (tensor_reader(c)(edits[0].name) for c in (child, Checkpoint.open(twin(child.root, "aligned"))))
+        assert first[0] == pytest.approx((own + aligned) / 2, abs=1e-6)

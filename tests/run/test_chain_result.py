@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -12,6 +14,7 @@ from llmsurgery.compute.progress import Silent
 from llmsurgery.edits.arrange import arrange
 from llmsurgery.edits.kinds import Rename, StoredEdit
 from llmsurgery.errors import NoEffectError
+from llmsurgery.run.chain_manifest import PASSED, Ran, chain_metrics
 from llmsurgery.run.chain_result import open_whole, whole_change, write_whole
 from llmsurgery.run.diff import kept_patch, moves_between
 
@@ -77,3 +80,37 @@ def test_operations_that_undo_each_other_have_no_effect(tmp_path: Path) -> None:
     last = write(middle, tmp_path / "last", [Rename("other", UP.format(0))])
     with pytest.raises(NoEffectError, match="model that they started from"):
         whole_change([base, middle, last], [["other", UP.format(0)]] * 2, Silent())
+
+
+def test_a_figure_is_followed_through_steps_that_share_what_it_rests_on() -> None:
+    def ran(name: str, more: dict[str, str], figures: dict[str, tuple[float, float, int]]) -> Ran:
+        data = {key: {"sha256": digest} for key, digest in ({"forget": "f", "text": "t"} | more).items()}
+        metrics = {
+            metric: {
+                "before": {"value": before, "n": count},
+                "after": {"value": after, "n": count},
+                "direction": "lower",
+            }
+            for metric, (before, after, count) in figures.items()
+        }
+        manifest: dict[str, Any] = {"data": data, "operations": [{"evaluation": {"text_rows": 8}}], "metrics": metrics}
+        return Ran(cast(Any, SimpleNamespace(name=name)), PASSED, manifest)
+
+    first = ran(
+        "first",
+        {"mcq": "m"},
+        {"forget.token_prob": (0.9, 0.5, 4), "mcq.rstd": (40, 39, 10), "utility.ppl": (20, 22, 8)},
+    )
+    last = ran(
+        "last",
+        {"mcq": "m", "harmful": "h"},
+        {"forget.token_prob": (0.5, 0.4, 4), "mcq.rstd": (38, 5, 5), "utility.ppl": (22, 24, 8)},
+    )
+    found = chain_metrics([first, last])
+    assert (found["forget.token_prob"]["before"]["value"], found["forget.token_prob"]["after"]["value"]) == (0.9, 0.4)
+    assert found["utility.ppl"]["before"]["value"] == 20
+    assert "since" not in found["forget.token_prob"]
+    # Half of the questions are not all of them.
+    assert (found["mcq.rstd"]["before"]["value"], found["mcq.rstd"]["since"]) == (38, "last")
+    other = ran("last", {"forget": "another file"}, {"forget.token_prob": (0.5, 0.4, 4)})
+    assert chain_metrics([first, other])["forget.token_prob"]["since"] == "last"

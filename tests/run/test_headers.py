@@ -14,6 +14,8 @@ import pytest
 from llmsurgery import redirect
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.errors import UsageError
+from llmsurgery.run.headers import plan_from_headers
+from llmsurgery.run.request import Request
 
 from ..builders.sparse import llama_70b
 
@@ -100,3 +102,12 @@ def test_what_is_wrong_with_a_request_shows_in_the_plan_too(huge: Path, tmp_path
     ):
         with pytest.raises(UsageError):
             redirect(huge, method="rocr", dry_run=True, **NAMES, **options)  # type: ignore[arg-type]
+
+
+def test_questions_with_options_are_counted_in_a_plan_of_another_task(huge: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "mcq.jsonl"
+    row = {"question": "What is blue?", "choices": ["grass", "the sky"], "answer": 1}
+    questions.write_text(2 * (json.dumps(row) + "\n"))
+    names, data = (NAMES["source"], NAMES["target"]), {"mcq": str(questions)}
+    plan: Any = plan_from_headers(Request("redirect", "rocr", str(huge), data, concepts=names, dry_run=True))
+    assert plan["data"]["mcq"] == 2

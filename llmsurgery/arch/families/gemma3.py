@@ -30,4 +30,5 @@ FAMILY = Family(
     stored_prefixes=(("model.", "model."), ("model.", "")),
     tied_by_default=True,
     norm_offset=1.0,
+    scaled_embedding=True,
 )

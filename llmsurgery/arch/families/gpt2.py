@@ -26,4 +26,6 @@ FAMILY = Family(
     stored_prefixes=(("transformer.", "transformer."), ("transformer.", "")),
     buffers=(".attn.bias", ".attn.masked_bias"),
     transposed=frozenset({"attn.qkv", "attn.o", "mlp.up", "mlp.down"}),
+    norm_centres=True,
+    norm_eps="layer_norm_epsilon",
 )

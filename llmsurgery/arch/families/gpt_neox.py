@@ -25,4 +25,7 @@ FAMILY = Family(
     stored={"lm_head": "embed_out"},
     buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),
     stored_prefixes=(("gpt_neox.", "gpt_neox."), ("gpt_neox.", "")),
+    norm_centres=True,
+    norm_eps="layer_norm_eps",
+    qkv_by_head=True,
 )

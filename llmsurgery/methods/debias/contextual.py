@@ -91,18 +91,12 @@ class Contextual:
             UsageError: The target is no distribution over the letters, or there are no inputs.
         """
         from llmsurgery.errors import UsageError
-        from llmsurgery.methods.letter_questions import encode_given
+        from llmsurgery.methods.letter_questions import check_target, encode_given
 
         if given.choices is None:
             return
         encode_given(encoder, given.choices, config.template, 1)
-        target = config.target_prior
-        if target and (len(target) != given.choices.options or min(target) <= 0 or abs(sum(target) - 1) > 1e-3):
-            raise UsageError(
-                f"target_prior is no distribution over {given.choices.options} letters",
-                "it needs one positive share for each, with the sum 1",
-                "use --set target_prior=0.25,0.25,0.25,0.25, say",
-            )
+        check_target(config.target_prior, given.choices.options)
         if not config.inputs:
             raise UsageError("inputs is empty", "nothing stands for the content", "drop the setting")
 

@@ -12,6 +12,9 @@ letter once. With s[o, j] the log-probability of letter j in order o:
     estimator=share       from there, the offsets for which every letter is the likeliest equally often over all orders:
                           the mean log prior equalises log-probabilities, which is not what a share of answers is
 
+Answers need not be spread evenly over the letters: `target_prior` names the shares that are aimed at, in place of 1/n.
+Then delta = log target - log prior, centred, and estimator=share fits these shares.
+
 delta, times `strength` and cut at `cap`, is added to the logits of each letter's tokens, with and without a blank. The
 paper divides probabilities while the model runs; here the offsets are folded into the checkpoint:
 
@@ -55,6 +58,7 @@ class PrideConfig:
 
     estimator: str = option("share", "share: equal shares of the letters; pride: the paper's", ("share", "pride"))
     aggregation: str = option("geometric", "mean of the questions' priors", ("geometric", "arithmetic"))
+    target_prior: tuple[float, ...] = option((), "shares of the letters that are aimed at; empty: equal ones")
     items: int = option(0, "questions that are learnt from; 0: all that are not held out", minimum=0)
     holdout: float = option(0.5, "share of --mcq that is measured and not learnt from", minimum=0, maximum=0.95)
     template: str = option("", "file with the prompt; default: the shipped one")
@@ -91,14 +95,16 @@ class Pride:
         """No rows are needed: questions are checked by `check_asked`."""
 
     def check_asked(self, config: PrideConfig, encoder: Encoder, given: Asked) -> None:
-        """Check that every letter is a token.
+        """Check letters and target.
 
         Raises:
-            UnsupportedError: One is not.
+            UnsupportedError: A letter is no token.
+            UsageError: The target is no distribution over the letters.
         """
-        from llmsurgery.methods.letter_questions import encode_given
+        from llmsurgery.methods.letter_questions import check_target, encode_given
 
         if given.choices is not None:
+            check_target(config.target_prior, given.choices.options)
             encode_given(encoder, given.choices, config.template, 1)
 
     def edit(self, config: PrideConfig, operation: Operation, prepared: None) -> MethodResult:
@@ -113,7 +119,7 @@ class Pride:
         data = encode_given(operation.encoder, operation.choices, config.template, config.items)
         found = ask_given(operation, data)
         scores = found.log_probabilities
-        delta, prior = estimate_offsets(scores, config.estimator, config.aggregation)
+        delta, prior = estimate_offsets(scores, config.estimator, config.aggregation, config.target_prior)
         applied = np.clip(config.fold.strength * delta, -config.fold.cap, config.fold.cap)
         if not applied.any():
             raise no_prior()

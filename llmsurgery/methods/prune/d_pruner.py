@@ -13,7 +13,8 @@ before the next one exists, and S takes 4 bytes a weight.
 
 --sparsity is of the matrices that are pruned; --of all counts it against all parameters. The zeros are stored densely:
 neither the file nor inference becomes smaller or faster without a runtime for sparse weights. Every batch adds an
-absolute value, so the size of a batch (`batch`) changes S; it is recorded.
+absolute value, so the size of a batch (`batch`) changes S; it is recorded. A killed run goes on with --resume: behind
+the last block of the walk over --calibration, the last quarter of the pass over --domain, the last pruned block.
 
 The paper's own form, preset=paper: with H = sum x x^T over --calibration and U^T U = H^-1, G_ij = W_ij^2 / U_jj^2 as
 SparseGPT meets it (importance=sequential), and in place of the sum of scores a refined loss, whose gradient is
@@ -31,8 +32,10 @@ What differs from the released code (compressionOrg/D-Pruner), and why:
   for form=code alone.
 - G g g is positive for a negative g too, which then shrinks; reg=odd takes G |g| g. Either way 2 lambda a^2 / N is of
   the order of 1e-7 and does next to nothing: `record` tells the mean change. The sum of scores is what protects.
-- It scores weights that drift in an SGD pass and prunes the original ones, counts the first step in the wrong pass, and
-  adds over five epochs. Here there is one pass over weights that do not move.
+- It scores weights that drift in an SGD run and prunes the original ones, and counts the first step in the wrong pass.
+  Here there is one pass over weights that do not move. tune=true lets them move by W <- W - a g~ over `epochs` passes
+  (gradients cut to a global norm of the pruned matrices, step size rising, then falling to 0), each step counted once;
+  use --dtype float32, in which small steps are not lost. preset=paper does so.
 - It prunes 52% of the matrices for 50% of a Llama-2. Here the sparsity is the one asked for; 52% is in preset=paper.
 - Its percentile takes ties too. Here exactly the s-fraction of a block goes, ties by index.
 """
@@ -43,10 +46,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llmsurgery.errors import NoEffectError
+from llmsurgery.errors import UsageError
 from llmsurgery.methods.amounts import Amount, AmountConfig, amount_of, pruned_tensors
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
+from llmsurgery.methods.domain_importance import DomainPass, DomainSettings
 from llmsurgery.methods.general_importance import KINDS, General, general_importance
+from llmsurgery.methods.kept_blocks import KeptBlocks
 from llmsurgery.methods.pruning import (
     CalibrationConfig,
     calibration_windows,
@@ -55,6 +60,7 @@ from llmsurgery.methods.pruning import (
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register
+from llmsurgery.methods.working_memory import Working, masking_bytes, second_moment_bytes, walking
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
@@ -64,7 +70,6 @@ if TYPE_CHECKING:
     from llmsurgery.data.chat import Encoder
     from llmsurgery.data.records import Row
     from llmsurgery.data.windows import Window
-    from llmsurgery.train.importance import Importance
 
 FORMS = ("taylor", "code", "paper", "obs")
 GUARDS = ("score", "loss", "none")
@@ -87,9 +92,13 @@ class DPrunerConfig:
     importance: str = option("activations", "what the importance for ordinary text is", KINDS)
     damping: float = option(0.01, "share of its mean diagonal added to H (importance=obs|sequential)", minimum=0)
     penalty: float = option(0.1, "lambda of the refined loss (general=loss)", minimum=0)
-    rate: float = option(0.03, "a, the step size in the refined loss (general=loss)", minimum=0)
+    rate: float = option(0.03, "a, the step size in the refined loss (general=loss) and of tune", minimum=0)
     reg: str = option("code", "its gradient: G g g as released, or G |g| g", ("code", "odd"))
     loss_scale: float = option(1.0, "factor of the loss, for the W^3 of form=code", minimum=1e-6)
+    tune: bool = option(False, "let the matrices move by SGD on the way; the mask is put on the original ones")
+    epochs: int = option(1, "passes over --domain (tune=true)", minimum=1)
+    max_norm: float = option(1.0, "global norm that gradients are cut to (tune=true); 0: any", minimum=0)
+    warmup: float = option(0.1, "share of the steps in which the step size grows (tune=true)", minimum=0, maximum=1)
     blocking: str = option("iterative", "what the s-fraction is of: column blocks or the matrix", ("iterative", "none"))
     blocks: int = option(32, "column blocks of a matrix (blocking=iterative)", minimum=1)
 
@@ -118,6 +127,8 @@ class DPruner:
                 "general": "loss",
                 "importance": "sequential",
                 "loss_scale": 65536.0,
+                "tune": True,
+                "epochs": 5,
             }
         },
     )
@@ -129,6 +140,12 @@ class DPruner:
         Raises:
             UsageError: The amount does not fit the model.
         """
+        if config.epochs > 1 and not config.tune:
+            raise UsageError(
+                f"epochs is {config.epochs} without tune",
+                "weights that do not move have the same gradients in every pass",
+                "add --set tune=true, or drop epochs",
+            )
         targets = pruned_tensors(config.amount, structure)
         amount_of(config.amount, structure, targets)
         return targets
@@ -145,6 +162,26 @@ class DPruner:
             DOMAIN: pack_windows(encoder, data[DOMAIN], length, config.domain_samples, DOMAIN),
         }
 
+    def working(
+        self, config: DPrunerConfig, structure: Structure, prepared: dict[str, list[Window]], rows: int | None
+    ) -> list[Working]:
+        """Return what is held beside the model: statistics of the walk, then sums and one gradient, then masks."""
+        targets = pruned_tensors(config.amount, structure)
+        entries = sum(target.parameters for target in targets)
+        largest = max(target.parameters for target in targets)
+        phases, general = [], 0
+        if config.general != "none":
+            general = 4 * entries if config.importance == "sequential" else 0
+            moments = 0 if config.importance == "activations" else second_moment_bytes(targets)
+            phases.append(walking("general importance", prepared[OPEN], rows, general + moments))
+        # Two sums for the forms that square a mean; gradient, product and its terms of one matrix.
+        sums = (8 if config.form in ("paper", "obs") else 4) * entries + general
+        domain = prepared[DOMAIN]
+        batch = min(config.batch, len(domain))
+        phases.append(Working("gradients", 0, batch, len(domain[0]), sums + 4 * 5 * largest, backward=True))
+        phases.append(Working("pruning", held=sums + masking_bytes(targets)))
+        return phases
+
     def edit(self, config: DPrunerConfig, operation: Operation, prepared: dict[str, list[Window]]) -> MethodResult:
         """Measure what ordinary text needs, then what the domain needs, and prune all matrices."""
         targets = pruned_tensors(config.amount, operation.structure)
@@ -153,76 +190,39 @@ class DPruner:
         if config.general != "none":
             tell_of_windows(operation, config.calibration, prepared[OPEN], OPEN)
             general = general_importance(operation, config.importance, targets, prepared[OPEN], amount, config.damping)
-        found, record = domain_importance(config, operation, targets, prepared[DOMAIN], general)
+        guard = general if config.general == "loss" else None
+        layers = operation.structure.layers
+        found, record = DomainPass(
+            settings_of_pass(config, layers), operation, targets, prepared[DOMAIN], guard
+        ).run()  # fmt: skip
         weight_of = config.general_weight if config.general == "score" else 0.0
+
+        unseen: list[str] = []
 
         def prune(target: RoleTensor, weight: torch.Tensor, _none: object) -> torch.Tensor:
             score = found.pop(target.stored).value(weight)
             if general is not None and weight_of:
                 score = joined(score, general.of(target, weight), weight_of)
+            if not bool((score > 0).any()):
+                # An expert that no token reaches, say: ties by index would take its first columns.
+                unseen.append(target.stored)
+                score = weight.abs()
             return block_mask(score, amount, config.blocks if config.blocking == "iterative" else 1)
 
-        pruned = prune_each(operation, targets, prune)
+        kept = KeptBlocks(operation.training.store, layers + 1)
+        pruned = prune_each(operation, targets, prune, kept)
+        if unseen:
+            operation.progress.notice(f"{len(unseen)} matrices have no score and were pruned by magnitude: {unseen[0]}")
+        record = {**record, "by_magnitude": unseen}
         return pruned_result(operation, config.amount, amount, targets, pruned, record)
 
 
-def domain_importance(
-    config: DPrunerConfig,
-    operation: Operation,
-    targets: Sequence[RoleTensor],
-    windows: Sequence[Window],
-    general: General | None,
-) -> tuple[dict[str, Importance], dict[str, object]]:
-    """Return the importance of every matrix by stored name, and what is to be known of the pass.
-
-    Raises:
-        NoEffectError: No gradient reaches any of them.
-    """
-    import torch
-
-    from llmsurgery.compute.view import weight_view
-    from llmsurgery.train.importance import Importance, guarded_gradient
-    from llmsurgery.train.weight_gradients import handed_gradients, text_backward
-
-    batches = [windows[start : start + config.batch] for start in range(0, len(windows), config.batch)]
-    count = len(batches)
-    found = {target.stored: Importance(config.form, count) for target in targets}
-    # Sizes of the gradients, and of what the refined loss adds to them.
-    sizes = [0.0, 0.0]
-    guard = general if config.general == "loss" else None
-
-    def receive(target: RoleTensor, gradient: torch.Tensor) -> None:
-        view = weight_view(operation.model, target).detach()
-        weight = (view.T if target.transposed else view).float()
-        own = gradient = gradient.float()
-        if guard is not None:
-            importance = guard.of(target, weight)
-            own = guarded_gradient(gradient, importance, config.penalty, config.rate, count, config.reg == "odd")
-            sizes[1] += float((own - gradient).abs().sum())
-        sizes[0] += float(gradient.abs().sum())
-        found[target.stored].add(own, weight)
-
-    losses = []
-    with (
-        handed_gradients(operation.model, targets, receive),
-        operation.progress.task("gradients of the domain", count) as tick,
-    ):
-        for part in batches:
-            losses.append(text_backward(operation.model, torch.tensor(part), config.loss_scale))
-            tick()
-    if sizes[0] == 0:
-        raise NoEffectError(
-            "no gradient reaches the matrices", "the loss on the domain does not depend on them", "choose other roles"
-        )
-    record: dict[str, object] = {
-        "domain_windows": len(windows),
-        "window_tokens": len(windows[0]),
-        "batch": config.batch,
-        "domain_loss": sum(losses) / count,
-    }
-    if guard is not None:
-        record["mean_change_by_the_refined_loss"] = sizes[1] / sizes[0]
-    return found, record
+def settings_of_pass(config: DPrunerConfig, stage: int) -> DomainSettings:
+    """Return how the pass over the domain is made; its state is kept under a number of its own."""
+    return DomainSettings(
+        config.form, config.batch, config.loss_scale, config.penalty, config.rate, config.reg == "odd", config.tune,
+        config.epochs, config.max_norm, config.warmup, stage,
+    )  # fmt: skip
 
 
 def joined(score: torch.Tensor, general: torch.Tensor, weight: float) -> torch.Tensor:

@@ -45,6 +45,7 @@ from llmsurgery.methods.pruning import (
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register
+from llmsurgery.methods.working_memory import STORED_BYTES, Working, block_bytes, second_moment_bytes, walking
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ class SparseGpt:
     def prepare(self, config: SparseGptConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> list[Window]:
         """Cut the calibration text into windows."""
         return calibration_windows(config.calibration, encoder, data["calibration"])
+
+    def working(
+        self, config: SparseGptConfig, structure: Structure, prepared: list[Window], rows: int | None
+    ) -> list[Working]:
+        """Return what is held beside the model: second moments of a block, and one of them factorised."""
+        targets = pruned_tensors(config.amount, structure)
+        held = second_moment_bytes(targets) + block_bytes(targets, STORED_BYTES)
+        return [walking("pruning", prepared, rows, held)]
 
     def edit(self, config: SparseGptConfig, operation: Operation, prepared: list[Window]) -> MethodResult:
         """Prune block by block."""

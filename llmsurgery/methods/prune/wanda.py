@@ -44,6 +44,7 @@ from llmsurgery.methods.pruning import (
     tell_of_windows,
 )
 from llmsurgery.methods.registry import register
+from llmsurgery.methods.working_memory import Working, block_bytes, masking_bytes, walking
 from llmsurgery.train.config import option
 
 if TYPE_CHECKING:
@@ -101,6 +102,14 @@ class Wanda:
     def prepare(self, config: WandaConfig, encoder: Encoder, data: Mapping[str, Sequence[Row]]) -> list[Window]:
         """Cut the calibration text into windows."""
         return calibration_windows(config.calibration, encoder, data["calibration"])
+
+    def working(
+        self, config: WandaConfig, structure: Structure, prepared: list[Window], rows: int | None
+    ) -> list[Working]:
+        """Return what is held beside the model: the masks of a block, and one of them being made."""
+        targets = pruned_tensors(config.amount, structure)
+        held = masking_bytes(targets) + block_bytes(targets, {})
+        return [walking("pruning", prepared, rows, held)]
 
     def edit(self, config: WandaConfig, operation: Operation, prepared: list[Window]) -> MethodResult:
         """Prune block by block."""

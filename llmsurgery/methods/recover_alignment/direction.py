@@ -12,6 +12,12 @@ a's component along Q and leaves what is orthogonal to it alone. gamma=none take
 that brings the gap back to 90% of the aligned model's and the refusals to within 5 points of its own, and that loses no
 more of the task than `drop`; 1 if none does.
 
+Where none does although both models' directions agree (cosine above .8) and the gap is small, a step is tried in place
+of it: the bias of one block's MLP adds c r to the residual stream, c the smallest of .1, .2, .3, .5, .75 and 1 that
+brings the refusals back, keeps the task, and has prompts of --harmless refused no more than 5 points more often than
+before. It moves every prompt, harmless ones too, and needs an architecture with a place for such a bias: Llama, or one
+whose MLPs have it. `step` sets c, and 0 switches this off.
+
 Embeddings are left alone: tied ones are the head as well. Models with norms after their sublayers are refused: what a
 matrix writes there is scaled before it reaches the residual stream. gamma is in [0, 1], and a result that refuses less
 than its source is not published. If the direction is intact and the model complies all the same, the damage lies behind
@@ -22,8 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.recovering import (
     controls,
@@ -58,6 +65,10 @@ class DirectionConfig:
     basis: str = option("all", "directions after all blocks, or after one", ("all", "one"))
     block: int | None = option(None, "basis=one: the block; none: the last of the first floor(2n/3)", minimum=0)
     layers: tuple[int, ...] = option((), "layers that are edited; empty: all")
+    step: float | None = option(
+        None, "length of a step along the direction in place of the projection; none: tried if that fails, 0: never",
+        minimum=0, maximum=1,
+    )  # fmt: skip
     drop: float = option(0.05, "share of the task score that may be lost where gamma is tried", minimum=0, maximum=1)
     scorer: str = option("probability", "score of the task", ("probability", "exact", "rouge_l"))
     controls: bool = option(True, "measure a random restoration and an interpolation of the same size")
@@ -90,8 +101,6 @@ class Direction:
         Raises:
             UnsupportedError: Norms stand behind them.
         """
-        from llmsurgery.errors import UnsupportedError
-
         if set(POST_NORMS) & set(structure.roles):
             raise UnsupportedError(
                 f"{structure.family.name} has norms after attention and MLP",
@@ -106,8 +115,6 @@ class Direction:
         Raises:
             UsageError: There is one.
         """
-        from llmsurgery.errors import UsageError
-
         if not data.get("harmless") and not data.get("task"):
             raise UsageError(
                 "--harmless is missing",
@@ -123,8 +130,16 @@ class Direction:
         basis, record = _basis(config, operation)
         gamma = config.gamma
         tried: list[dict[str, object]] = []
-        if gamma is None:
-            gamma, tried = _try(config, operation, targets, basis)
+        repaired = True
+        if gamma is None and not config.step:
+            gamma, tried, repaired = _try(config, operation, targets, basis)
+        if config.step or (not repaired and config.step is None):
+            stepped = _step(config, operation, targets, {**record, "tried": tried})
+            if stepped is not None:
+                return stepped
+        if not repaired:
+            operation.progress.notice("no gamma brings direction and refusals back within the bounds: gamma=1")
+        assert gamma is not None
         edits = []
         values: dict[RoleTensor, torch.Tensor] = {}
         for target in targets:
@@ -139,8 +154,6 @@ class Direction:
 
 def _basis(config: DirectionConfig, operation: Operation) -> tuple[torch.Tensor, dict[str, object]]:
     """Return Q [width, directions], float64, and what is recorded of it."""
-    from llmsurgery.errors import NoEffectError, UsageError
-
     recovery, layers = operation.recovery, operation.structure.layers
     assert recovery is not None
     assert recovery.contrast is not None
@@ -150,7 +163,8 @@ def _basis(config: DirectionConfig, operation: Operation) -> tuple[torch.Tensor,
     apart = recovery.contrast.differences()
     if not bool(apart.norm(dim=1).min()):
         raise NoEffectError("the prompts leave the model alone", "both sides have the same states", "check the data")
-    share = recovery.gap(operation.model)
+    own = recovery.direction(operation.model)
+    share = own.number
     refused = recovery.quick(operation.model).get("safety.refusal_rate", 0.0)
     wanted = recovery.figures_of_aligned["safety.refusal_rate"].number
     if share >= INTACT and refused < wanted - POINTS:
@@ -159,7 +173,46 @@ def _basis(config: DirectionConfig, operation: Operation) -> tuple[torch.Tensor,
             "all the same: the damage lies behind it, and projection repair does not help; use restore"
         )
     chosen = apart if config.basis == "all" else apart[block : block + 1]
-    return orthonormal(chosen), {"block": block, "gap_before": share}
+    cosines = cast("list[float]", own.detail["cosine"])
+    return orthonormal(chosen), {"block": block, "gap_before": share, "cosine": cosines[block]}
+
+
+def _step(
+    config: DirectionConfig, operation: Operation, targets: Sequence[RoleTensor], record: Mapping[str, object]
+) -> MethodResult | None:
+    """Return a step along the direction in place of the projection; None where it is of no use, with the reason."""
+    from llmsurgery.methods.direction_step import LENGTHS, SIMILAR, find_step, step_edits, step_matrix
+
+    recovery, block = operation.recovery, cast(int, record["block"])
+    assert recovery is not None
+    assert recovery.contrast is not None
+    cosine, share = cast(float, record["cosine"]), cast(float, record["gap_before"])
+    matrix = step_matrix(operation.structure, block)
+    if not config.step and (cosine <= SIMILAR or share >= INTACT):
+        return None
+    if matrix is None:
+        family = operation.structure.family.name
+        if config.step:
+            raise UnsupportedError(
+                f"a {family} model has no place for a step", "its MLPs have no bias", "use gamma, or restore"
+            )
+        operation.progress.notice(f"a step along the direction was not tried: MLPs of {family} models have no bias")
+        return None
+    set_live(operation, ((t, own_values(operation, t)) for t in targets))
+    direction = recovery.contrast.differences()[block]
+    length, tried = config.step, list[dict[str, object]]()
+    if not length:
+        wanted = recovery.figures_of_aligned["safety.refusal_rate"].number - POINTS
+        _, floor = task_floor(operation, config.drop)
+        before = recovery.overrefusals(operation.model).get("safety.overrefusal_rate")
+        most = None if before is None else before + POINTS
+        length, tried = find_step(operation, recovery, matrix, direction, LENGTHS, wanted, floor, most)
+    if length is None:
+        operation.progress.notice("no step along the direction brings the refusals back within the bounds either")
+        return None
+    edits = step_edits(operation, matrix, length * direction)
+    found = {**record, "step": {"length": length, "norm": length * float(direction.norm()), "tried": tried}}
+    return MethodResult(edits, found, [])
 
 
 def orthonormal(rows: torch.Tensor) -> torch.Tensor:
@@ -185,8 +238,8 @@ def restoring_factors(
 
 def _try(
     config: DirectionConfig, operation: Operation, targets: Sequence[RoleTensor], basis: torch.Tensor
-) -> tuple[float, list[dict[str, object]]]:
-    """Return the smallest gamma that repairs enough, and what was tried."""
+) -> tuple[float, list[dict[str, object]], bool]:
+    """Return the smallest gamma that repairs enough, what was tried, and whether one did."""
     recovery = operation.recovery
     assert recovery is not None
     wanted = recovery.figures_of_aligned["safety.refusal_rate"].number - POINTS
@@ -200,9 +253,8 @@ def _try(
             tick()
             task = floor is None or figures["task.score"] >= floor
             if figures["safety.direction_gap"] >= GAP and figures["safety.refusal_rate"] >= wanted and task:
-                return gamma, tried
-    operation.progress.notice("no gamma brings direction and refusals back within the bounds: gamma=1")
-    return GAMMAS[-1], tried
+                return gamma, tried, True
+    return GAMMAS[-1], tried, False
 
 
 def _repaired(operation: Operation, target: RoleTensor, basis: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
-from llmsurgery.methods.recovering import controls, interpolated, removed_share, set_live, task_floor
+from llmsurgery.methods.recovering import (
+    comparable,
+    computed_edits,
+    controls,
+    interpolated,
+    interpolated_values,
+    last_held,
+    moved_tensors,
+    set_live,
+    stored_only,
+    task_floor,
+)
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 
@@ -71,20 +82,18 @@ class Interpolate:
 
     def edit(self, config: InterpolateConfig, operation: Operation, prepared: None) -> MethodResult:
         """Find the share, and return the mixed weights."""
-        from llmsurgery.edits.kinds import Replace
-
         names = {target.stored for target in self.plan(config, operation.structure)}
         tried: list[dict[str, object]] = []
         keep = config.keep
         if keep is None:
             keep, tried = _try(config, operation, names)
-        values = {target: value for target, value in interpolated(operation, keep) if target.stored in names}
-        changed = [t for t, value in values.items() if bool((value.numpy() != operation.read(t.stored)).any())]
-        removed, entries = removed_share(operation, values.__getitem__, changed)
-        edits = [Replace(target.stored, values[target].numpy()) for target in changed]
+        stored = stored_only(operation)
+        values = last_held(lambda target: interpolated_values(stored, target, keep))
+        targets = [target for target in comparable(operation) if target.stored in names]
+        changed, removed, entries = moved_tensors(operation, targets, values)
         record: dict[str, object] = {"keep": keep, "tried": tried}
         record["controls"] = controls(operation, changed, removed, entries, config.controls, dense=True)
-        return MethodResult(edits, record, changed)
+        return MethodResult(computed_edits(changed, values), record, changed)
 
 
 def _try(config: InterpolateConfig, operation: Operation, names: set[str]) -> tuple[float, list[dict[str, object]]]:

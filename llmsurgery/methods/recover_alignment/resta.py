@@ -14,12 +14,21 @@ in this toolkit ever trains a model towards harm. The paper is known here by its
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
-from llmsurgery.methods.recovering import controls, other_values, own_values, removed_share
+from llmsurgery.methods.recovering import (
+    computed_edits,
+    controls,
+    last_held,
+    moved_tensors,
+    other_values,
+    own_values,
+    stored_only,
+)
 from llmsurgery.methods.registry import register
 from llmsurgery.train.config import option
 
@@ -79,24 +88,31 @@ class Resta:
 
     def edit(self, config: RestaConfig, operation: Operation, prepared: None) -> MethodResult:
         """Add the vector to every matrix."""
-        import torch
 
-        from llmsurgery.edits.kinds import Replace
+        stored = stored_only(operation)
 
-        generator = torch.Generator().manual_seed(operation.seed)
-        values: dict[RoleTensor, torch.Tensor] = {}
-        for target in self.plan(config, operation.structure):
-            aligned = other_values(operation, "aligned", target).double()
-            apart = aligned - other_values(operation, "unaligned", target).double()
-            own = own_values(operation, target).double()
-            kept = torch.rand(own.shape, generator=generator) >= config.dare if config.dare else None
-            values[target] = add_vector(own, aligned, apart, config.gamma, kept, config.dare).float()
-        changed = [t for t, value in values.items() if bool((value != own_values(operation, t)).any())]
-        removed, entries = removed_share(operation, values.__getitem__, changed)
+        def moved(target: RoleTensor) -> torch.Tensor:
+            aligned = other_values(stored, "aligned", target).double()
+            apart = aligned - other_values(stored, "unaligned", target).double()
+            own = own_values(stored, target).double()
+            kept = _drawn(stored, target) >= config.dare if config.dare else None
+            return add_vector(own, aligned, apart, config.gamma, kept, config.dare).float()
+
+        values = last_held(moved)
+        changed, removed, entries = moved_tensors(operation, self.plan(config, operation.structure), values)
         record: dict[str, object] = {
             "controls": controls(operation, changed, removed, entries, config.controls, dense=True)
         }
-        return MethodResult([Replace(t.stored, values[t].numpy()) for t in changed], record, changed)
+        return MethodResult(computed_edits(changed, values), record, changed)
+
+
+def _drawn(operation: Operation, target: RoleTensor) -> torch.Tensor:
+    """Return random numbers for the entries of a tensor, the same whenever they are asked for."""
+    import torch
+
+    # A seed of its own for every tensor: values are computed again when they are written.
+    seed = random.Random(f"{operation.seed} {target.stored}").getrandbits(63)
+    return torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def add_vector(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.recovering import controls, other_values, own_values, removed_share
@@ -79,7 +79,10 @@ class SafeLora:
 
     def edit(self, config: SafeLoraConfig, operation: Operation, prepared: None) -> MethodResult:
         """Score every matrix, and project those that are chosen."""
+        import torch
+
         from llmsurgery.edits.kinds import Replace
+        from llmsurgery.edits.rows import StoredRows
         from llmsurgery.errors import NoEffectError
 
         targets = [target for target in self.plan(config, operation.structure) if len(target.shape) == 2]
@@ -92,11 +95,13 @@ class SafeLora:
             raise NoEffectError(
                 f"no matrix has a cosine of {tau:.4g} or less", f"the least is {min(cosines.values()):.4g}", "raise tau"
             )
-        values = {target: _projected(config, operation, target)[0] for target in chosen}
-        removed, entries = removed_share(operation, values.__getitem__, chosen)
+        # Held as they will be stored: computing them again would take another decomposition.
+        values = {t: StoredRows.of(_projected(config, operation, t)[0].numpy(), t.dtype) for t in chosen}
+        removed, entries = removed_share(operation, lambda t: torch.from_numpy(values[t][:]), chosen)
         record: dict[str, object] = {"tau": tau, "cosines": cosines, "projected": len(chosen)}
         record["controls"] = controls(operation, chosen, removed, entries, config.controls, dense=True)
-        return MethodResult([Replace(t.stored, value.numpy()) for t, value in values.items()], record, chosen)
+        edits = [Replace(target.stored, cast(Any, rows)) for target, rows in values.items()]
+        return MethodResult(edits, record, chosen)
 
 
 def _projected(config: SafeLoraConfig, operation: Operation, target: RoleTensor) -> tuple[torch.Tensor, float]:

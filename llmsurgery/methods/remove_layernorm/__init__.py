@@ -1,0 +1,1 @@
+"""Methods of `remove-layernorm`, one file each."""
