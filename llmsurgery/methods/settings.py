@@ -181,7 +181,7 @@ def read_config_file(path: str | Path) -> dict[str, object]:
     Raises:
         InputError: The file is missing or not such a mapping.
     """
-    from llmsurgery.checkpoint.documents import parse_yaml
+    from llmsurgery.data.documents import parse_yaml
 
     path = Path(path)
     if not path.is_file():

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmsurgery.checkpoint.documents import parse_yaml
 from llmsurgery.compute.progress import Progress
+from llmsurgery.data.documents import parse_yaml
 from llmsurgery.demo import world_path
 from llmsurgery.errors import InputError, UsageError, unknown_name
 from llmsurgery.methods.registry import find_method

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llmsurgery.checkpoint import Checkpoint
-from llmsurgery.checkpoint.documents import parse_json
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
+from llmsurgery.data.documents import parse_json
 from llmsurgery.edits.build import write_patch
 from llmsurgery.edits.delta import Difference, TensorDelta, compare
 from llmsurgery.edits.origin import Moves, Origin

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsurgery import __version__
 from llmsurgery.checkpoint import file_digest
-from llmsurgery.checkpoint.documents import parse_json
+from llmsurgery.data.documents import parse_json
 from llmsurgery.edits.coverage import RoleCoverage
 from llmsurgery.edits.write import TensorChange
 from llmsurgery.evaluate.gates import METRICS, GateOutcome

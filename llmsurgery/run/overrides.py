@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmsurgery.checkpoint.documents import parse_yaml
+from llmsurgery.data.documents import parse_yaml
 from llmsurgery.errors import InputError, UsageError, nearest_names, unknown_name
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmsurgery.checkpoint.documents import parse_json, parse_yaml
+from llmsurgery.data.documents import parse_json, parse_yaml
 from llmsurgery.errors import InputError, UsageError, unknown_name
 
 JUDGE = "judge"

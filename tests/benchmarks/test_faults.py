@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.xdist_group("faults"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has trained on a GPU cannot be forked"),
 ]
-SHARES = {"weights": 0.3, "indexes": 0.3, "data": 0.3, "templates": 0.2}
-"""What takes no time is tried more often."""
+SHARES = {"weights": 0.3, "indexes": 0.3, "data": 0.3, "interrupts": 0.05, "recipes": 0.05}
+"""What takes no time is tried more often, what takes much less often."""
 
 
 @pytest.fixture(scope="module")

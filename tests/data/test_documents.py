@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmsurgery.checkpoint.documents import MAX_YAML, parse_json, parse_yaml
+from llmsurgery.data.documents import MAX_YAML, parse_json, parse_yaml
 
 
 def test_aliases_and_merged_keys_are_read() -> None:
