@@ -54,9 +54,14 @@ class WidthLoss:
         """Set the gate to the step that begins."""
         step = int(self.session.observed.get(_STEP, -1)) + 1
         self.session.observe(**{_STEP: step})
+        self.settle()
+        self.mean.begin([self.counts[i] for i in indices])
+
+    def settle(self) -> None:
+        """Set the gate to the last step that began; a run that goes on from a finished training begins none."""
+        step = int(self.session.observed.get(_STEP, 0))
         self.gate.step = step
         self.gate.manner = Manner.ROUNDED if step >= self.rounded_from else Manner.SOFT
-        self.mean.begin([self.counts[i] for i in indices])
 
     def __call__(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the mean over some rows of the step, and what the gate adds []."""

@@ -355,6 +355,20 @@ def test_a_killed_run_goes_on_at_the_step_of_its_gate(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
 
 
+def test_a_run_killed_behind_its_training_knows_how_its_gate_stood(
+    biased: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pat, "folded", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(biased, text, tmp_path / "out", {"save_every": 1})
+    record = run(biased, text, tmp_path / "out", {"save_every": 1}, resume=True)["operations"][0]["record"]
+    assert record["loss_last"] == record["loss_rounded"]
+
+
 def test_the_source_is_the_teacher(biased: Path, text: Path, tmp_path: Path) -> None:
     for train in ("lora", "full"):
         settings = {"max_steps": 1, "train": train, "rounded": 0.0, "teacher": True}

@@ -188,6 +188,7 @@ class Pat:
             rounded_from = steps - round(config.rounded * steps)
             loss = WidthLoss(scorer, prepared, gate, rounded_from, session, config.identity_weight, teacher)
             result = train(moving, loss, len(prepared), training, session, loss.begin)
+            loss.settle()
             losses = measured(operation, scorer, prepared, gate)
             require_decided(gate, result.steps, operation.progress)
             trained = trainable.edits()
