@@ -32,6 +32,9 @@ class StoredTensor(Protocol):
 _MAX_EXPERTS = 500_000
 """Experts of all blocks together: twenty times those of the largest published model."""
 
+_ANY_LAYERS = 1000
+"""Blocks up to which tensors are looked for whatever is stored, so that the message can name those that are missing."""
+
 
 def load_families() -> list[Family]:
     """Return every family: one `FAMILY` table per module of `llmsurgery.arch.families`."""
@@ -156,9 +159,9 @@ def _refuse_counts(layers: int, experts: int, stored: int) -> None:
     """Refuse numbers that no stored tensors can fill, before anything is looked up that many times.
 
     Raises:
-        DamagedError: More blocks than tensors, or more experts than any model has.
+        DamagedError: Very many blocks, and more of them than tensors; or more experts than any model has.
     """
-    if layers > stored or layers * experts > _MAX_EXPERTS:
+    if layers > max(stored, _ANY_LAYERS) or layers * experts > _MAX_EXPERTS:
         raise DamagedError(
             f"config.json announces {layers} blocks" + (f" of {experts} experts" if experts else ""),
             f"only {stored} tensors are stored",

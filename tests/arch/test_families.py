@@ -87,7 +87,8 @@ def stored_tensors(root: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_every_family_has_a_builder(checkpoints: dict[str, Path]) -> None:
     built = {structure(checkpoints[name]).family.name for name in BUILDERS}
-    assert built == {family.name for family in load_families()}
+    # Models around another one are built where their own methods are tested.
+    assert built == {family.name for family in load_families() if not family.inner_key}
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
