@@ -25,18 +25,16 @@ def recipe_smollm2(result: dict[str, Any]) -> str:
             came = "same bytes" if run["equal"] else "other bytes"
         lines.append([what, str(run["exit_code"]), came, f"{run['seconds']:.0f}"])
     steps = ", ".join(f"`{step['task']} --method {step['method']}`" for step in result["recipe"]["steps"])
-    metrics = result["runs"]["passed"]["metrics"]
-    shown = [
-        [f"`{name}`", *(f"{found[when]['value']:.4g}" for when in ("before", "after"))]
-        for name, found in metrics.items()
-        if name in ("forget.token_prob", "retain.token_prob", "utility.ppl_ratio")
-        and found["before"]["value"] is not None
+    gates = [
+        [f"`{gate['gate']}`", gate["step"], f"{gate['value']:.4g}", f"{gate['limit']:.4g}"]
+        for gate in result["runs"]["passed"]["gates"]
+        if gate["step"]
     ]
     text = (
         f"{steps}; gates after each and at the end. {result['files_compared']} files are compared, the manifest\n"
         "without times, memory and paths.\n\n"
     )
-    figures = "\n\n" + rows(["figure of the chain", "before", "after"], shown) if shown else ""
+    figures = "\n\n" + rows(["gate", "after", "value", "limit"], gates)
     return (
         "## A recipe of three steps on SmolLM2-135M-Instruct\n\n"
         + text
