@@ -166,6 +166,8 @@ def options_of(method: str, name: str) -> dict[str, Any]:
     wanted = {
         **FAST,
         **(RECOVERY if spec.models else {}),
+        # All windows in one batch would leave nothing to the seed.
+        **({"batch_size": 2} if spec.task == "remove-layernorm" else {}),
         **(EXPERT_SETTINGS if spec.one_expert else SETTINGS)[name],
         **({"form": spec.plain_form} if spec.plain_form else {}),
     }
