@@ -49,6 +49,7 @@ def prune_peers(result: dict[str, Any]) -> str:
             [
                 f"`{name}`",
                 f"{own['seconds']:.0f} / {peer['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
+                f"{own['cpu_seconds']:.0f} / {peer['cpu_seconds']:.0f} s ({own['cpu_seconds'] / peer['cpu_seconds']:.2f}x)",
                 f"{mebibytes(own)} / {mebibytes(peer)} MiB ({row['memory_ratio']:.2f}x)",
                 f"{row['mask_agreement']:.2%} (block 0 {blocks[0]:.2%}, worst {min(blocks):.2%})",
                 f"{ppl[0]:.2f} / {ppl[1]:.2f}",
@@ -60,7 +61,7 @@ def prune_peers(result: dict[str, Any]) -> str:
         f"{result['window']} tokens, {result['dtype']};\nllmsurgery / llmcompressor {versions['llmcompressor']}: whole "
         f"commands, each in a process of its own, {result['repeats']} run(s) a side. Agreement is the share of\n"
         f"entries zero in both results or in neither. Perplexity on {result['passages']} passages, dense "
-        f"{result['dense']['value']:.2f}.\n\n"
+        f"{result['dense']['value']:.2f}. Where other jobs ran beside, CPU time says more than time.\n\n"
     )
-    header = ["method", "time", "peak memory", "masks agree", "perplexity"]
+    header = ["method", "time", "CPU time", "peak memory", "masks agree", "perplexity"]
     return f"## Pruning against llmcompressor, {result['model']}\n\n" + text + rows(header, lines)
