@@ -43,13 +43,13 @@ def prune_peers(result: dict[str, Any]) -> str:
     lines = []
     for name, row in result["methods"].items():
         own, peer = row["median"]["llmsurgery"], row["median"]["llmcompressor"]
-        blocks = row["mask_agreement_by_block"]
+        blocks, cpu = row["mask_agreement_by_block"], [side["cpu_seconds"] for side in (own, peer)]
         ppl = [row["ppl"][side]["value"] for side in ("llmsurgery", "llmcompressor")]
         lines.append(
             [
                 f"`{name}`",
                 f"{own['seconds']:.0f} / {peer['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
-                f"{own['cpu_seconds']:.0f} / {peer['cpu_seconds']:.0f} s ({own['cpu_seconds'] / peer['cpu_seconds']:.2f}x)",
+                f"{cpu[0]:.0f} / {cpu[1]:.0f} s ({cpu[0] / cpu[1]:.2f}x)",
                 f"{mebibytes(own)} / {mebibytes(peer)} MiB ({row['memory_ratio']:.2f}x)",
                 f"{row['mask_agreement']:.2%} (block 0 {blocks[0]:.2%}, worst {min(blocks):.2%})",
                 f"{ppl[0]:.2f} / {ppl[1]:.2f}",
