@@ -12,7 +12,7 @@ from benchmarks.table.cost import covariance, flat_step, memory, startup, unlear
 from benchmarks.table.faults import faults
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
-from benchmarks.table.letters import debias_smollm2
+from benchmarks.table.letters import debias_cost, debias_smollm2
 from benchmarks.table.narrowing import prune_pat
 from benchmarks.table.norms import layernorm
 from benchmarks.table.page import machine, newest
@@ -65,6 +65,7 @@ SECTIONS = {
     "restore_large": restore_large,
     "debias_smollm2": debias_smollm2,
     "debias_smollm2_all": debias_smollm2,
+    "debias_cost": debias_cost,
     "prune_smollm2": prune_smollm2,
     "d_pruner_memory": d_pruner_memory,
     "prune_peers": prune_peers,

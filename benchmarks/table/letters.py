@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.table.page import rows
+from benchmarks.table.page import mebibytes, rows
 
 WHEN = ("before", "after")
 
@@ -46,3 +46,16 @@ def debias_smollm2(result: dict[str, Any]) -> str:
     header = ["method", "rstd", "accuracy", "stereotype rate", "perplexity", "KL", "predicted", "seconds"]
     table = rows(["estimator", "rstd", "middle 95%", "accuracy"], halves)
     return "## Answer letters on SmolLM2-135M-Instruct\n\n" + text + "\n" + table + more + rows(header, lines)
+
+
+def debias_cost(result: dict[str, Any]) -> str:
+    """Return the section on what the methods of `debias` take."""
+    lines = [
+        [f"`{name}`", f"{cost['seconds']:.0f}", f"{cost['cpu_seconds']:.0f}", mebibytes(cost)]
+        for name, cost in result["costs"].items()
+    ]
+    text = (
+        f"SmolLM2-135M-Instruct, {result['rows']} questions of ARC in all orders, half of them learnt from; whole "
+        "commands, figures before and\nafter included.\n\n"
+    )
+    return "## Cost of `debias`\n\n" + text + rows(["method", "seconds", "CPU seconds", "peak MiB"], lines)
