@@ -60,29 +60,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
-    "unlearn": "llmsurgery.api",
-    "redirect": "llmsurgery.api",
-    "recover_alignment": "llmsurgery.api",
-    "prune": "llmsurgery.api",
-    "remove_layernorm": "llmsurgery.api",
-    "evaluate_checkpoints": "llmsurgery.api",
-    "inspect_checkpoint": "llmsurgery.api",
-    "diff": "llmsurgery.api",
-    "apply": "llmsurgery.api",
-    "audit": "llmsurgery.api",
-    "revert": "llmsurgery.api",
-    "run_recipe": "llmsurgery.api",
-    "stack": "llmsurgery.api",
-    "trace": "llmsurgery.api",
-    "neurons": "llmsurgery.api",
-    "lens": "llmsurgery.api",
-    "linearity": "llmsurgery.api",
-    "verify": "llmsurgery.api",
-    "compare": "llmsurgery.api",
-    "debias": "llmsurgery.api",
-    "SurgeryError": "llmsurgery.errors",
-}
+_HOMES = {name: "llmsurgery.api" for name in __all__ if name != "__version__"} | {"SurgeryError": "llmsurgery.errors"}
 
 
 def __getattr__(name: str) -> object:

@@ -29,7 +29,7 @@ def prune_pat(result: dict[str, Any]) -> str:
         f"{result['text']}; perplexity on {result['passages']} passages that no run saw. `random` trains as long, on\n"
         "channels that were drawn before; `shortgpt` and `llm-pruner` train nothing, and have PAT's size or the next\n"
         f"larger one. Tokens per second: {result['prefill']} read at once, {result['decoded']} written, fp32, the\n"
-        f"fastest of {result['repeats']} in turn; other jobs may have run meanwhile. {result.get('note', '')}\n"
+        f"fastest of {result['repeats']} in turn; other jobs may have run meanwhile.\n{result.get('note', '')}\n"
     )
     header = ["model", "parameters", "weights", "perplexity", "prefill", "decode", "CPU time and memory of pruning"]
     return "## Three quarters of the width, SmolLM2-135M\n\n" + text + "\n" + rows(header, lines)
