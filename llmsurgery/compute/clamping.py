@@ -120,7 +120,7 @@ class WordScorer:
         for start in range(0, size, step):
             block = vocabulary.centred(start, min(start + step, size))
             self._covariance += (block.T @ block).double() / size
-        wanted = torch.isin(vocabulary.ids, torch.tensor(list(ids), device=rows.device)).nonzero().squeeze(1).tolist()
+        wanted = torch.isin(vocabulary.ids, torch.tensor(list(ids), device=vocabulary.ids.device)).nonzero().squeeze(1).tolist()
         self._rows = torch.cat([vocabulary.centred(place, place + 1) for place in wanted]).double()
 
     def scores(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,37 @@ def set_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Run a block with CUDA kernels that give the same bits every time, where there are such kernels.
+
+    Sums of many threads in no fixed order change the last bits of a gradient, and with them the weights written:
+    a run that is repeated, or goes on after a kill, would end in other bytes. Operations without an ordered kernel
+    run as usual. On other devices nothing changes.
+
+    Args:
+        device: Where the model runs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # Read when cuBLAS makes its workspaces, on the first product of two matrices.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would write into every new tensor what is overwritten anyway.
+    deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = filled
 
 
 SMALL_MODEL = 20_000_000

@@ -121,7 +121,8 @@ class Pruned:
         edit: Edit
         if made.dtype == torch.bool:
             edit = Mask(target.stored, cast(Any, PackedMask.of((~made).cpu().numpy())))
-            values = weight.masked_fill(_oriented(made, target), 0)
+            # Of a run that goes on, masks come from a file.
+            values = weight.masked_fill(_oriented(made, target).to(weight.device), 0)
         else:
             rows = rows or StoredRows.of(made.float().cpu().numpy(), target.dtype)
             edit = Replace(target.stored, cast(Any, rows))

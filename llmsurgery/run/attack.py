@@ -161,6 +161,8 @@ def run_attacks(
     Returns:
         Per model: attack name -> judgement.
     """
+    from llmsurgery.compute.device import repeatable_kernels, resolve_device
+
     if not plan.attacks or source is None:
         return [{} for _ in models]
     if control is None and not (CONTROL in rows and all(attack.spec.control_rows for attack, _ in plan.attacks)):
@@ -180,7 +182,8 @@ def run_attacks(
         other = {} if control is None else attacked(control, first)
         return [_judge(plan, attacked(model, first), first, other) for model in models]
 
-    return scoring_rows(config, request.batch_size, progress).run(attack_all)
+    with repeatable_kernels(resolve_device(request.device)):
+        return scoring_rows(config, request.batch_size, progress).run(attack_all)
 
 
 def _attack_one(plan: AttackPlan, bench: Bench, first: Mapping[str, Trial] | None) -> dict[str, Trial]:

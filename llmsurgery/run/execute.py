@@ -86,11 +86,11 @@ def execute(request: Request, progress: Progress, write_card: WriteCard, write_r
     check_form(prepared)
     if request.dry_run:
         return Outcome(plan(prepared), None)
-    from llmsurgery.compute.device import suitable_threads
+    from llmsurgery.compute.device import repeatable_kernels, suitable_threads
 
     parameters = sum(info.size for info in prepared.checkpoint.tensors.values())
     pages = Pages(write_card, write_report if request.report else None)
-    with suitable_threads(parameters, prepared.device):
+    with suitable_threads(parameters, prepared.device), repeatable_kernels(prepared.device):
         return _run(prepared, Notices(progress), pages, started)
 
 

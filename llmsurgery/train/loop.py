@@ -174,8 +174,8 @@ class _Loop:
         if state is not None:
             self._restore(state)
         scheduler = self._scheduler(rows)
-        on_cpu = trainable.parameters[0].device.type == "cpu"
-        self.accelerator = Accelerator(cpu=on_cpu, device_placement=False)
+        # Not told the device, which is that of the model: its state outlives the run, and a later run may have another.
+        self.accelerator = Accelerator(device_placement=False)
         self.prepared, self.scheduler = self.accelerator.prepare(self.optimizer, scheduler)
 
     def _scheduler(self, rows: int) -> torch.optim.lr_scheduler.LRScheduler:

@@ -72,8 +72,8 @@ def test_rows_that_the_library_misreads_are_named(
     for mode in ("nf4", "int8"):
         assert run(command(checkpoints["tied_llama"], data_files, tmp_path / mode, "--quantize", mode)) == 0
         odd = [text for text in manifest(tmp_path / mode)["notices"] if "misreads" in text]
-        # The checkpoint is 32 wide.
-        assert len(odd) == (mode == "nf4")
+        # The checkpoint is 32 wide. Only the library's routines for the CPU misread it.
+        assert len(odd) == (mode == "nf4" and not torch.cuda.is_available())
 
 
 def test_quantised_weights_cannot_be_trained_themselves(

@@ -29,7 +29,7 @@ def test_erased_states_hold_nothing_for_a_linear_classifier() -> None:
     erasers = {"leace": leace(*train), "sal": sal(*train), "inlp": inlp(*train, rounds=6)}
     for name, eraser in erasers.items():
         found = probe_accuracy((eraser.apply(train[0]), train[1]), (eraser.apply(test[0]), test[1]))
-        assert found < 0.6, name
+        assert found < 0.65, name
         projector = eraser.matrix()
         assert projector @ projector == pytest.approx(projector, abs=1e-9)
     # No cross-covariance is left, whatever the shrinkage, and the mean stays.

@@ -80,7 +80,7 @@ def test_without_retain_rows_the_last_layer_is_taken() -> None:
 
 
 def run(root: Path, out: Path, data: dict[str, Path], **settings: object) -> dict[str, Any]:
-    return dict(unlearn(root, method="key-space", out=out, settings=settings, **data).manifest)
+    return dict(unlearn(root, method="key-space", out=out, settings=settings, dtype="float32", **data).manifest)
 
 
 @pytest.fixture(scope="module")

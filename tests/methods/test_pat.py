@@ -226,11 +226,12 @@ def gated_run(model: Path, text: Path, out: Path, settings: dict[str, Any], patc
         with torch.no_grad():
             for parameter in trainable.parameters:
                 # Adapters and operators alike; scales stay around 1.
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=random).to(parameter.device))
             signs = torch.rand(gate.proxy.shape, generator=random)
             gate.proxy.copy_(torch.where(signs < 0.5, signs - 1, signs))
             with gate.standing(Manner.ROUNDED):
-                kept.append(Gated(trainable.model.eval()(input_ids=IDS).logits, gate))
+                model = trainable.model.eval()
+                kept.append(Gated(model(input_ids=IDS.to(model.device)).logits.cpu(), gate))
         return TrainingResult(1, "max_steps", 0.0, 0.0, 0.0, 1)
 
     patch.setattr(loop, "train", draw)
@@ -269,10 +270,10 @@ def test_the_folded_model_is_the_gated_one(
         assert relative_error(model(input_ids=IDS).logits, gated.logits) > 0.1
         for norm in norms:
             norm.weight.mul_(math.sqrt(32 / 20))
-        kept = gated.gate.kept()
+        kept = gated.gate.kept().cpu()
         for layer, block in enumerate(model.model.layers):
-            block.self_attn.o_proj.weight.div_(gated.gate.operator(("attn", layer)).scale[kept][:, None])
-            block.mlp.down_proj.weight.div_(gated.gate.operator(("mlp", layer)).scale[kept][:, None])
+            block.self_attn.o_proj.weight.div_(gated.gate.operator(("attn", layer)).scale.cpu()[kept][:, None])
+            block.mlp.down_proj.weight.div_(gated.gate.operator(("mlp", layer)).scale.cpu()[kept][:, None])
         assert relative_error(model(input_ids=IDS).logits, gated.logits) > 0.1
 
 

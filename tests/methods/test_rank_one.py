@@ -123,7 +123,7 @@ def test_new_answers_are_given_and_other_facts_stay(method: str, layer: int, toy
     assert edited.record["prompt_probability"]["after"] == pytest.approx(sum(found) / 4, rel=1e-3)
     assert edited.record["prompt_probability"]["before"] < 0.05
     # Few texts protect few directions: the rest of what a null-space edit meets is not weighed.
-    assert kept(edited) > (0.4 if method == "alphaedit" else 0.9)
+    assert kept(edited) > (0.4 if method == "alphaedit" else 0.85)
     (edit,) = edited.result.edits
     assert edit.u.shape == (64, 4)  # type: ignore[union-attr]
 

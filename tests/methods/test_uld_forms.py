@@ -69,8 +69,9 @@ class Made:
     def _files(self, config: Any, operation: Any, assistant: Any, settings: Any) -> Any:
         assistant.model.eval()
         with torch.inference_mode():
-            states = Pair(operation.model, assistant.model)(input_ids=IDS, attention_mask=MASK).last_hidden_state
-            self.logits = PairHead(operation.model, dict(settings))(states)
+            ids, mask = (given.to(operation.model.device) for given in (IDS, MASK))
+            states = Pair(operation.model, assistant.model)(input_ids=ids, attention_mask=mask).last_hidden_state
+            self.logits = PairHead(operation.model, dict(settings))(states).cpu()
         return FILES(config, operation, assistant, settings)
 
 

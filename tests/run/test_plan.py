@@ -22,7 +22,7 @@ from ..conftest import FORGET, write_rows
 
 def plan(model: Path, data: dict[str, Path], **options: Any) -> dict[str, Any]:
     settings = {"eval.generate": False, **options.pop("settings", {})}
-    defaults: dict[str, Any] = {"guard": "none", "until": "none", **options}
+    defaults: dict[str, Any] = {"guard": "none", "until": "none", "device": "cpu", "dtype": "float32", **options}
     outcome = unlearn(model, method="flat", dry_run=True, settings=settings, **defaults, **data)
     return dict(outcome.manifest)
 
@@ -130,7 +130,7 @@ def test_people_are_told(
     checkpoints: dict[str, Path], data_files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [word for name, path in data_files.items() for word in (f"--{name}", str(path))]
-    assert run(["unlearn", str(checkpoints["gpt2"]), "--method", "flat", *files, "--dry-run"]) == 0
+    assert run(["unlearn", str(checkpoints["gpt2"]), "--method", "flat", *files, "--dry-run", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "MiB of the process at the peak, predicted" in shown
     assert "6 sequences of" in shown
