@@ -55,8 +55,8 @@ settings = json.loads(sys.argv[4])
 torch.set_num_threads(1)
 # What libraries hold from their first use on is not the run's.
 redirect(
-    sys.argv[5], method="rocr", source="Orla Venn", target="Ivo Hask", out=f"{out}-first", dtype="float32", device="cpu",
-    settings={**settings, "layers": "0", "eval.figures": "edit"},
+    sys.argv[5], method="rocr", source="Orla Venn", target="Ivo Hask", out=f"{out}-first", dtype="float32",
+    device="cpu", settings={**settings, "layers": "0", "eval.figures": "edit"},
 )
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
