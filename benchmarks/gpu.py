@@ -251,19 +251,15 @@ def large(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         cut_tokenizer(resolve_source(options.model), place, LLAMA_7B.vocabulary)
     found = []
     for name in ("wanda", "sparsegpt"):
+        if options.command and name not in options.command:
+            continue
         words = ["prune", "--method", name, "--sparsity", "0.5", "--calibration", str(options.text)]
         words += ["--set", "samples=16", "--set", "window=1024"]
         words += [word for item in FIGURES for word in ("--set", item)]
-        for figures in ("all", "streamed"):
-            extra = ["--set", "eval.figures=streamed"] if figures == "streamed" else []
-            row = {
-                "name": name,
-                "figures": figures,
-                **llmsurgery(place, [*words, *extra], options.large / "out", "cuda"),
-            }
-            shutil.rmtree(options.large / "out")
-            found.append(row)
-            print(json.dumps(row), flush=True)
+        row = {"name": name, **llmsurgery(place, words, options.large / "out", "cuda")}
+        shutil.rmtree(options.large / "out")
+        found.append(row)
+        print(json.dumps(row), flush=True)
     return found
 
 

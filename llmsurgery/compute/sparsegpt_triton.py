@@ -7,8 +7,6 @@ where Triton is installed; `benchmarks/gpu.py` measures it against the plain loo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -51,22 +49,22 @@ def prune_columns(
 
 
 @triton.jit
-def _columns(
-    part: Any,
-    gone: Any,
-    upper: Any,
-    errors: Any,
-    rows: Any,
-    columns: Any,
-    part_stride: Any,
-    gone_stride: Any,
-    upper_stride: Any,
-    errors_stride: Any,
+def _columns(  # type: ignore[no-untyped-def]
+    part,
+    gone,
+    upper,
+    errors,
+    rows,
+    columns,
+    part_stride,
+    gone_stride,
+    upper_stride,
+    errors_stride,
     N: tl.constexpr,  # noqa: N803
     M: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """Take `ROWS` rows through all columns."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)
