@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 CHUNK_ELEMENTS = 2**23
 """Logits held at once: 8 million, 32 MiB in fp32."""
 
-CUDA_CHUNK_ELEMENTS = 2**26
-"""The same on a GPU, which reads the whole head anew for every chunk: 256 MiB in fp32."""
+CUDA_CHUNK_ELEMENTS = 2**25
+"""The same on a GPU, which reads the whole head anew for every chunk: 128 MiB in fp32."""
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:

@@ -122,6 +122,9 @@ def prune_matrix(
     return w
 
 
+PANEL = 32
+"""Columns that pay for each other one by one in the plain loop."""
+
 LARGEST_BLOCK = 256
 """Columns of the widest block whose rows fit into registers."""
 
@@ -134,16 +137,24 @@ def suits_kernel(part: torch.Tensor) -> bool:
 def _prune_columns(
     part: torch.Tensor, gone: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor, group: tuple[int, int] | None
 ) -> None:
-    """Prune the columns of a block in place; arguments as for the Triton kernel."""
-    squares = upper.diagonal().square()
-    for j in range(part.shape[1]):
-        if group is not None and j % group[1] == 0:
-            n, m = group
-            gone[:, j : j + m] = smallest(part[:, j : j + m].square() / squares[j : j + m], n)
-        column = part[:, j]
-        kept = column.masked_fill(gone[:, j], 0)
-        error = (column - kept) / upper[j, j]
-        part[:, j:].addr_(error, upper[j, j:], alpha=-1)
-        # Rounding must not leave a little of what was zeroed.
-        part[:, j] = kept
-        errors[:, j] = error
+    """Prune the columns of a block in place; arguments as for the Triton kernel.
+
+    A column is one run of memory here, and pays at once only within its panel; the panels behind it are paid by one
+    matrix product.
+    """
+    columns = part.shape[1]
+    w, away, lost = part.T.contiguous(), gone.T.contiguous(), torch.zeros_like(part.T)
+    squares = upper.diagonal().square()[:, None]
+    panel = PANEL if group is None else max(group[1], PANEL - PANEL % group[1])
+    for first in range(0, columns, panel):
+        last = min(first + panel, columns)
+        for j in range(first, last):
+            if group is not None and j % group[1] == 0:
+                n, m = group
+                away[j : j + m] = smallest((w[j : j + m].square() / squares[j : j + m]).T, n).T
+            lost[j] = torch.where(away[j], w[j] / upper[j, j], 0.0)
+            w[j + 1 : last].addr_(upper[j, j + 1 : last], lost[j], alpha=-1)
+            w[j].masked_fill_(away[j], 0)
+        w[last:].addmm_(upper[first:last, last:].T, lost[first:last], alpha=-1)
+    part.copy_(w.T)
+    errors.copy_(lost.T)
