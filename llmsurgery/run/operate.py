@@ -11,6 +11,7 @@ from llmsurgery.checkpoint import Checkpoint, decode, require_finite
 from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
+from llmsurgery.methods.tasks import TASKS
 from llmsurgery.run.adapted import attached, merged_model, merged_reader
 from llmsurgery.run.forms import BESIDE, Changes, Written, changes_of
 from llmsurgery.run.manifest import earlier_operations
@@ -234,7 +235,7 @@ def _with_pruning(
     prepared: Prepared, model: PreTrainedModel | StreamedModel, checkpoint: Checkpoint, measured: Measurement
 ) -> Measurement:
     """Add the figures of pruning, if that is what is done."""
-    if prepared.method.spec.task != "prune":
+    if "pruning" not in TASKS[prepared.method.spec.task].measures:
         return measured
     from llmsurgery.evaluate.pruning import with_pruning_figures
 
@@ -244,7 +245,7 @@ def _with_pruning(
 
 def _with_linearity(prepared: Prepared, model: PreTrainedModel, measured: Measurement) -> Measurement:
     """Add how linear the norms are, if removing them is what is done."""
-    if prepared.method.spec.task != "remove-layernorm":
+    if "norms" not in TASKS[prepared.method.spec.task].measures:
         return measured
     from llmsurgery.evaluate.linearity import with_linearity_figures
 

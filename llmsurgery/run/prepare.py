@@ -27,13 +27,13 @@ from llmsurgery.evaluate.gates import ROW_NEEDS, Gate, parse_gate, require_data
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
+from llmsurgery.methods.tasks import TASKS
 from llmsurgery.run.choices import NAMES as ASKED
-from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
+from llmsurgery.run.choices import asked_needs, read_asked, split_asked
 from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
-from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
-from llmsurgery.run.recover import DATA as RECOVERY
+from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures
 from llmsurgery.run.recover import (
     FLOOR,
     Other,
@@ -213,8 +213,9 @@ def prepare(request: Request) -> Prepared:
     encoder = make_encoder(checkpoint)
     check_tokenizers(others, encoder)
     data = method.prepare(config, encoder, rows)
-    if is_debiasing(method):
-        cast(Any, method).check_asked(config, encoder, given)
+    check_asked = getattr(method, "check_asked", None)
+    if check_asked is not None:
+        check_asked(config, encoder, given)
     figured = rows if evaluation.figures != "edit" else {}
     measured = encode_for_figures(encoder, figured, evaluation, config, asked_about)
     measured.domain.extend(encode_domain(encoder, in_domain, evaluation) if in_domain else [])
@@ -258,12 +259,8 @@ def available_needs(
     if method.spec.pictures:
         given = given - {"mcq", "letters"} | {"pictures"}
     given |= recovery_needs(files, bool(request.judge)) if method.spec.models else set()
-    if method.spec.task == "remove-layernorm":
-        given |= {"loss", "norms"}
-    if method.spec.task == "prune":
-        given.add("loss")
-        timed = method.spec.structured and evaluation.figures == "all"
-        given |= {"pruning", "structured"} if timed else {"pruning"}
+    given |= set(TASKS[method.spec.task].measures)
+    given |= {"structured"} if method.spec.structured and evaluation.figures == "all" else set()
     return given | offered_needs(evaluation, bool(request.retain_model)) | pair_needs(method, pairs)
 
 
@@ -394,11 +391,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
     """
     files = {name: Path(path) for name, path in request.data.items()}
     if request.model is None:
-        # What becomes of a name shows in questions about it.
-        asked = ("forget",) if wants_pairs(method) else ()
-        kept = () if is_debiasing(method) or method.spec.task == "remove-layernorm" else ("retain",)
-        usual = RECOVERY if method.spec.models else kept
-        for name in (*method.spec.needs, *method.spec.uses, *asked, *usual, "text"):
+        for name in (*method.spec.needs, *method.spec.uses, *TASKS[method.spec.task].demo_data, "text"):
             files.setdefault(name, demo_file(method.spec.demo, f"{DEMO_DATA.get(name, name)}.jsonl"))
     for name in method.spec.needs:
         if name == PAIRS and request.concepts is not None:
@@ -438,13 +431,11 @@ def check_untrained(method: Method, request: Request) -> None:
         UsageError: One was given.
     """
     guard_source(method, request)
-    if (why := unwatched(method)) is not None and request.until not in (None, "none"):
+    # Of a method that trains, `none` only says what holds anyway.
+    allowed = (None, "none") if method.spec.trained else (None,)
+    if (why := unwatched(method)) is not None and request.until not in allowed:
         raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
-    if method.spec.trained:
-        return
-    if request.until is not None:
-        raise UsageError(f"{method.spec.name} has no --until", "it does not train", "drop --until")
-    if request.quantize != "none":
+    if not method.spec.trained and request.quantize != "none":
         raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
 
 
