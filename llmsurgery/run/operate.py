@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsurgery.checkpoint import Checkpoint, decode, require_finite
+from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.checkpoint.layout import Layout
 from llmsurgery.errors import DamagedError
 from llmsurgery.methods.base import MethodResult, Operation
@@ -18,12 +18,11 @@ from llmsurgery.run.manifest import earlier_operations
 from llmsurgery.run.notices import Notices, warn_of_nf4, warn_of_overlap, warn_of_questions
 from llmsurgery.run.prepare import Prepared
 from llmsurgery.run.recover import make_recovery, other_models
+from llmsurgery.run.source import tensor_reader
 from llmsurgery.run.streamed import measure_streamed, open_whole, operate_streamed, result_structure
 from llmsurgery.run.training import make_session, make_statistics, train_until_it_fits, watch
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from transformers import PreTrainedModel
 
     from llmsurgery.arch.spec import RoleTensor
@@ -275,17 +274,6 @@ def _load(prepared: Prepared, path: Path, bundle: bool = False) -> PreTrainedMod
     # The code of a bundle has just been written by this program.
     trust = bundle or prepared.request.trust_remote_code
     return load_model(path, prepared.dtype, prepared.device, trust, prepared.structure.family.buffers)
-
-
-def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], npt.NDArray[np.floating]]:
-    """Return a function that reads a stored tensor as float32 and refuses NaN and Inf."""
-
-    def read(name: str) -> npt.NDArray[np.floating]:
-        info, raw = checkpoint.info(name), checkpoint.read(name)
-        require_finite(raw, info.dtype, name)
-        return decode(raw, info.dtype)
-
-    return read
 
 
 def _check_layout(written: Checkpoint, layout: Layout) -> None:

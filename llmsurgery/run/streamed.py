@@ -56,7 +56,8 @@ def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
     from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
-    from llmsurgery.run.operate import Operated, tensor_reader
+    from llmsurgery.run.operate import Operated
+    from llmsurgery.run.source import tensor_reader
     from llmsurgery.run.training import make_statistics
     from llmsurgery.train.session import Session
 
@@ -109,7 +110,7 @@ def measure_streamed(prepared: Prepared, result: Written, before: Measurement) -
 def _checked_structure(prepared: Prepared, result: Written) -> Structure:
     """Return the structure of a result with other tensors than its source, all of which stock transformers takes."""
     from llmsurgery.compute.load import empty_model, require_taken
-    from llmsurgery.run.operate import tensor_reader
+    from llmsurgery.run.source import tensor_reader
 
     written, buffers = Checkpoint.open(result.path), prepared.structure.family.buffers
     model = empty_model(result.path, prepared.dtype, prepared.request.trust_remote_code, buffers)
