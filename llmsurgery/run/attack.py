@@ -25,7 +25,7 @@ from llmsurgery.run.files import CONTROL
 from llmsurgery.run.fitting import scoring_rows
 from llmsurgery.run.manifest import finite
 from llmsurgery.run.request import EvaluationRequest
-from llmsurgery.run.source import stored_dtype
+from llmsurgery.run.source import stored_dtype, tensor_reader
 
 if TYPE_CHECKING:
     from llmsurgery.evaluate.intervals import Figure
@@ -228,7 +228,6 @@ def make_bench(
     from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.load import load_model
     from llmsurgery.evaluate.robustness.bench import Bench, take_rows
-    from llmsurgery.run.source import tensor_reader
 
     encoder = make_encoder(checkpoint)
     chosen = take_rows(rows, plan.shared.rows, plan.shared.retain_rows)
