@@ -235,7 +235,7 @@ def _open_models(options: _Options) -> _Source:
     structure = detect(checkpoint.config, checkpoint.tensors)
     config = settle_model(method, config, structure, options.guard != "none")
     check_dtypes(method, structure, request.dtype, dtype)
-    check_quantize(request.quantize, method, config, structure)
+    check_quantize(request.quantize, config, structure)
     check_pictures(method, structure)
     targets = method.plan(config, structure)
     if adapter is not None:
