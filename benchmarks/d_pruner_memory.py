@@ -25,7 +25,7 @@ def token_windows(source: Path, text: Path, samples: int, length: int) -> list[l
     from llmsurgery.checkpoint import Checkpoint
     from llmsurgery.data.records import read_rows
     from llmsurgery.data.windows import pack_windows
-    from llmsurgery.run.prepare import make_encoder
+    from llmsurgery.run.encoding import make_encoder
 
     encoder = make_encoder(Checkpoint.open(source))
     windows = pack_windows(encoder, read_rows(text), length, samples, "text")

@@ -291,7 +291,8 @@ def measure(
     from llmsurgery.compute.progress import Silent
     from llmsurgery.data.mcq import read_choices, read_template
     from llmsurgery.evaluate.letters import encode_letters
-    from llmsurgery.run.prepare import make_encoder, stored_dtype
+    from llmsurgery.run.encoding import make_encoder
+    from llmsurgery.run.source import stored_dtype
 
     started = time.perf_counter()
     checkpoint = Checkpoint.open(source)

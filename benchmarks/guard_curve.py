@@ -47,8 +47,9 @@ def main() -> None:
     from llmsurgery.methods.base import Operation
     from llmsurgery.methods.registry import find_method
     from llmsurgery.methods.settings import resolve_config
-    from llmsurgery.run.operate import tensor_reader
-    from llmsurgery.run.prepare import make_encoder, settle_lr
+    from llmsurgery.run.encoding import make_encoder
+    from llmsurgery.run.settings import settle_lr
+    from llmsurgery.run.source import tensor_reader
     from llmsurgery.train.config import GuardConfig
     from llmsurgery.train.guard import draw_rows, make_guard
     from llmsurgery.train.session import Session

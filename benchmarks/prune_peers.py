@@ -35,7 +35,7 @@ CUT = (
     "from llmsurgery.compute.source import resolve_source\n"
     "from llmsurgery.data.records import read_rows\n"
     "from llmsurgery.data.windows import pack_windows\n"
-    "from llmsurgery.run.prepare import make_encoder\n"
+    "from llmsurgery.run.encoding import make_encoder\n"
     "model, text, length, samples, out = sys.argv[1:]\n"
     "place = resolve_source(model)\n"
     "encoder = make_encoder(Checkpoint.open(place))\n"

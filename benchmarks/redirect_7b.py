@@ -87,7 +87,7 @@ def write_inputs(scratch: Path) -> tuple[str, int]:
         "from llmsurgery.checkpoint import Checkpoint\n"
         "from llmsurgery.compute.device import resolve_dtype\n"
         "from llmsurgery.data.contexts import TEMPLATES, make_contexts\n"
-        "from llmsurgery.run.prepare import make_encoder\n"
+        "from llmsurgery.run.encoding import make_encoder\n"
         "scratch, tensor, *names = sys.argv[1:]\n"
         "checkpoint = Checkpoint.open(Path(scratch) / 'base')\n"
         "encoder = make_encoder(checkpoint)\n"

@@ -56,7 +56,7 @@ def make_score(source: Path) -> Score:
     from llmsurgery.evaluate.likelihood import answer_probability, score_rows
     from llmsurgery.evaluate.suites.ort import OrtConfig
     from llmsurgery.evaluate.suites.ort_figures import encode_ort
-    from llmsurgery.run.prepare import make_encoder
+    from llmsurgery.run.encoding import make_encoder
 
     encoder = make_encoder(Checkpoint.open(source))
     model = load_model(source, torch.float32, torch.device("cpu"))

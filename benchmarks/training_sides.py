@@ -30,7 +30,7 @@ from llmsurgery.methods.unlearn.rmu import control_direction, steered_block
 from llmsurgery.methods.unlearn.selective_amnesia import AmnesiaData
 from llmsurgery.methods.unlearn.uld import UldData
 from llmsurgery.methods.unlearn.uoe import UoeData
-from llmsurgery.run.operate import tensor_reader
+from llmsurgery.run.source import tensor_reader
 from llmsurgery.train.assistant import AssistantLoss, assistant_layers, assistant_targets, train_assistant
 from llmsurgery.train.assistant_config import assistant_training
 from llmsurgery.train.losses import RowLoss

@@ -31,7 +31,7 @@ def own_answers(model_path: Path, questions: Path, target: Path) -> None:
     from llmsurgery.compute.progress import Silent
     from llmsurgery.data.records import Row
     from llmsurgery.evaluate.generation import greedy_answers
-    from llmsurgery.run.prepare import make_encoder
+    from llmsurgery.run.encoding import make_encoder
 
     rows = [json.loads(line) for line in questions.read_text().splitlines() if line.strip()][: FORGET + NEIGHBOURS]
     encoder = make_encoder(Checkpoint.open(model_path))

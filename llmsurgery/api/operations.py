@@ -265,12 +265,13 @@ def remove_layernorm(
     Raises:
         SurgeryError: See `llmsurgery.errors`.
     """
+    from llmsurgery.methods.registry import find_method
     from llmsurgery.report.heat import check_picture
 
     request = make_request("remove-layernorm", method, model, options, corpus=corpus)
     if picture is not None:
         check_picture(fspath(picture))
-        if method == "fold" or request.save != "full" or request.dry_run:
+        if request.save != "full" or request.dry_run or not find_method(method, request.task).spec.trained:
             raise UsageError(
                 "there is nothing to draw",
                 "the picture shows the constants of norms in training, from what lies beside a whole checkpoint",

@@ -20,10 +20,12 @@ from llmsurgery.evaluate.gates import Gate
 from llmsurgery.evaluate.robustness.base import Attack, AttackConfig, Trial
 from llmsurgery.evaluate.robustness.registry import all_attacks, find_attack
 from llmsurgery.methods.settings import as_record, resolve_config
+from llmsurgery.run.encoding import encode_for_figures, make_encoder, require_known_tokens
+from llmsurgery.run.files import CONTROL
 from llmsurgery.run.fitting import scoring_rows
 from llmsurgery.run.manifest import finite
-from llmsurgery.run.prepare import CONTROL, encode_for_figures, make_encoder, require_known_tokens, stored_dtype
 from llmsurgery.run.request import EvaluationRequest
+from llmsurgery.run.source import stored_dtype, tensor_reader
 
 if TYPE_CHECKING:
     from llmsurgery.evaluate.intervals import Figure
@@ -226,7 +228,6 @@ def make_bench(
     from llmsurgery.compute.device import resolve_device, resolve_dtype
     from llmsurgery.compute.load import load_model
     from llmsurgery.evaluate.robustness.bench import Bench, take_rows
-    from llmsurgery.run.operate import tensor_reader
 
     encoder = make_encoder(checkpoint)
     chosen = take_rows(rows, plan.shared.rows, plan.shared.retain_rows)

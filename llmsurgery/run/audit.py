@@ -19,10 +19,10 @@ from llmsurgery.data.records import Row, read_records, read_rows
 from llmsurgery.errors import InputError, UsageError, unknown_name
 from llmsurgery.run.audit_bci import audit_bci
 from llmsurgery.run.audit_ches import audit_ches
+from llmsurgery.run.encoding import make_encoder
+from llmsurgery.run.files import data_digest
 from llmsurgery.run.manifest import FORMAT
-from llmsurgery.run.needs import data_digest
 from llmsurgery.run.notices import Notices
-from llmsurgery.run.prepare import make_encoder
 
 PAPERS = {
     "ches": "Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization, arXiv 2410.08847",

@@ -14,7 +14,7 @@ from llmsurgery.data.chat import Encoded, Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.errors import UnsupportedError
 from llmsurgery.run.audit_figures import Found, mean_of, quantiles
-from llmsurgery.run.prepare import require_embedded
+from llmsurgery.run.encoding import require_embedded
 
 if TYPE_CHECKING:
     from llmsurgery.run.audit import AuditRequest

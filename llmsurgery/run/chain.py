@@ -25,7 +25,7 @@ from llmsurgery.run.execute import Outcome, Pages
 from llmsurgery.run.manifest import NAME, encode_manifest
 from llmsurgery.run.overrides import Loaded
 from llmsurgery.run.pages import REPORT, WriteCard, WriteReport, leave_report, remove_reports
-from llmsurgery.run.prepare import check_report, report_path
+from llmsurgery.run.places import check_report, report_path
 from llmsurgery.run.record import CARD
 from llmsurgery.run.recover import open_source
 from llmsurgery.run.replay import check_data, check_source

@@ -16,14 +16,15 @@ from llmsurgery.evaluate.gates import METRICS, ROW_NEEDS, Gate, parse_gate
 from llmsurgery.methods.base import Method
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import as_record
+from llmsurgery.run.files import data_digest, data_files, read_sets
 from llmsurgery.run.fitting import parse_batch_size
-from llmsurgery.run.needs import data_digest
+from llmsurgery.run.needs import available_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import requested_pairs, wants_pairs
-from llmsurgery.run.prepare import available_needs, check_untrained, data_files, read_sets, split_settings
 from llmsurgery.run.recipe import Recipe, Step
 from llmsurgery.run.request import Request
 from llmsurgery.run.resume import source_identity
+from llmsurgery.run.settings import check_untrained, split_settings
 
 _OWN = ("seed", "device", "dtype", "batch_size", "retain_model", "quantize", "guard", "until")
 

@@ -21,11 +21,6 @@ NAMES = (MCQ, CONTRAST)
 T = TypeVar("T")
 
 
-def is_debiasing(method: Method) -> bool:
-    """Whether a method takes questions with options or contrasting texts."""
-    return bool({*method.spec.needs, *method.spec.uses} & set(NAMES))
-
-
 def read_asked(files: Mapping[str, Path], pictures: bool = False) -> Asked:
     """Read the questions and the contrasting texts among some files.
 

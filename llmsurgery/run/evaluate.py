@@ -32,22 +32,16 @@ from llmsurgery.run.attack import (
 )
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, read_asked
+from llmsurgery.run.encoding import encode_for_figures, encode_pictures, make_encoder, require_known_tokens
+from llmsurgery.run.files import CONTROL, data_digest, read_sets
 from llmsurgery.run.fitting import parse_batch_size, scoring_rows
 from llmsurgery.run.manifest import data_records, figure_record, gate_record
-from llmsurgery.run.needs import data_digest, offered_needs, row_needs
-from llmsurgery.run.prepare import (
-    CONTROL,
-    encode_for_figures,
-    encode_pictures,
-    make_encoder,
-    read_sets,
-    require_known_tokens,
-    stored_dtype,
-)
+from llmsurgery.run.needs import offered_needs, row_needs
 from llmsurgery.run.recover import DATA as RECOVERY
 from llmsurgery.run.recover import encode_recovery, measure_recovery, recovery_needs
 from llmsurgery.run.reference import score_retain_model
 from llmsurgery.run.request import EvaluationRequest
+from llmsurgery.run.source import stored_dtype
 from llmsurgery.run.suite import SuitePlan, plan_suite
 
 if TYPE_CHECKING:

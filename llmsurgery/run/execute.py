@@ -20,7 +20,8 @@ from llmsurgery.run.forms import Written, check_form, form_notice, open_publicat
 from llmsurgery.run.headers import plan_from_headers
 from llmsurgery.run.manifest import NAME, build_manifest, encode_manifest, metric_records
 from llmsurgery.run.notices import Notices, warn_of_rounding, warn_of_spill
-from llmsurgery.run.operate import Operated, measure_result, operate
+from llmsurgery.run.operate import measure_result, operate
+from llmsurgery.run.operation import Operated
 from llmsurgery.run.pages import REPORT, Example, WriteCard, WriteReport, leave_report, remove_reports
 from llmsurgery.run.plan import plan
 from llmsurgery.run.prepare import Prepared, prepare

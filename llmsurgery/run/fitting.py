@@ -41,25 +41,22 @@ def parse_batch_size(given: int | str | None) -> int | str | None:
     return number
 
 
-def check_quantize(mode: str, method: Method, config: object, structure: Structure) -> None:
-    """Refuse quantised weights where they cannot serve.
+def check_quantize(mode: str, config: object, structure: Structure) -> None:
+    """Refuse quantised weights where they cannot serve training.
 
     Args:
         mode: "none", "int8" or "nf4".
-        method: The method.
-        config: Its resolved config.
+        config: The method's resolved config.
         structure: The checkpoint's roles.
 
     Raises:
-        UsageError: An unknown mode, a method that does not train, or training of the weights themselves.
+        UsageError: An unknown mode, or training of the weights themselves.
         UnsupportedError: bitsandbytes is not there, or the model has nothing that can be quantised.
     """
     training = getattr(config, "training", None)
     full = not isinstance(training, TrainingConfig) or training.train == "full"
     if mode not in MODES:
         raise unknown_name("value of --quantize", mode, MODES)
-    if mode != "none" and not method.spec.trained:
-        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
     if mode != "none" and full:
         raise UsageError(
             f"--quantize {mode} does not go with training of the weights themselves",

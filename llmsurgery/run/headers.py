@@ -28,21 +28,15 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import read_asked
+from llmsurgery.run.files import data_files, read_sets
 from llmsurgery.run.fitting import parse_batch_size
+from llmsurgery.run.needs import available_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import requested_pairs, require_figures
-from llmsurgery.run.prepare import (
-    available_needs,
-    check_editable,
-    check_pictures,
-    check_untrained,
-    data_files,
-    generated_name,
-    read_sets,
-    split_settings,
-    stored_dtype,
-)
+from llmsurgery.run.places import generated_name
 from llmsurgery.run.request import Request
+from llmsurgery.run.settings import check_untrained, split_settings
+from llmsurgery.run.source import check_editable, check_pictures, stored_dtype
 
 IMPORTED = 480 << 20
 """Resident bytes once torch, transformers and peft are imported: an estimate, not from a benchmark."""

@@ -8,7 +8,7 @@ from llmsurgery.compute.source import resolve_source
 from llmsurgery.errors import NoEffectError, UnsupportedError, UsageError
 from llmsurgery.methods.registry import all_methods
 from llmsurgery.methods.settings import resolve_config
-from llmsurgery.run.prepare import stored_dtype
+from llmsurgery.run.source import stored_dtype
 
 
 def inspect_model(model: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ from llmsurgery.arch.spec import require_text_model
 from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,9 @@ from llmsurgery.data import GENERAL_TEXT
 from llmsurgery.errors import GateError
 from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.evaluate.gates import check_gates, parse_gate
+from llmsurgery.run.encoding import encode_for_figures, make_encoder, require_known_tokens
+from llmsurgery.run.files import read_sets
 from llmsurgery.run.manifest import gate_record
-from llmsurgery.run.prepare import encode_for_figures, make_encoder, read_sets, require_known_tokens
 
 if TYPE_CHECKING:
     from llmsurgery.data.records import Row

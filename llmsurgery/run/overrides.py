@@ -171,8 +171,8 @@ def _value(path: str, text: str) -> object:
 def data_names() -> list[str]:
     """Return every name of data that a method or a figure takes."""
     from llmsurgery.methods.registry import all_methods
+    from llmsurgery.run.files import DATA_NAMES
     from llmsurgery.run.pairs import NEED
-    from llmsurgery.run.prepare import DATA_NAMES
 
     own = {name for method in all_methods() for name in (*method.spec.needs, *method.spec.uses)}
     return sorted({*DATA_NAMES, NEED, *own})

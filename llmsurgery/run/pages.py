@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmsurgery.checkpoint.oserrors import writing
 from llmsurgery.run.manifest import encode_manifest
-from llmsurgery.run.prepare import page_path, report_path
+from llmsurgery.run.places import page_path, report_path
 
 REPORT = "report.html"
 """Name of the report inside an output."""

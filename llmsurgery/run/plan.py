@@ -8,7 +8,8 @@ from llmsurgery.arch.spec import RoleTensor
 from llmsurgery.checkpoint import ITEMSIZE
 from llmsurgery.methods.settings import as_record
 from llmsurgery.run.memory import predict
-from llmsurgery.run.prepare import Prepared, stored_dtype
+from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.source import stored_dtype
 
 
 def plan(prepared: Prepared) -> dict[str, object]:

@@ -10,7 +10,8 @@ from llmsurgery.checkpoint import Checkpoint
 from llmsurgery.compute.progress import Progress
 from llmsurgery.data.records import Row
 from llmsurgery.evaluate.config import EvaluationConfig
-from llmsurgery.run.prepare import encode_for_figures, make_encoder, require_known_tokens, stored_dtype
+from llmsurgery.run.encoding import encode_for_figures, make_encoder, require_known_tokens
+from llmsurgery.run.source import stored_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,8 @@ from llmsurgery.evaluate.gates import Gate, parse_gate
 from llmsurgery.methods.settings import as_record, resolve_config
 from llmsurgery.run.compare import FORGET, Recipe, run_recipe, shares
 from llmsurgery.run.forms import check_form
-from llmsurgery.run.prepare import generated_name, prepare
+from llmsurgery.run.places import generated_name
+from llmsurgery.run.prepare import prepare
 from llmsurgery.run.request import Request
 from llmsurgery.train.config import option
 

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 
 from llmsurgery.arch.detect import detect
 from llmsurgery.checkpoint import Checkpoint
-from llmsurgery.methods.base import Operation
-from llmsurgery.run.forms import BESIDE, Written, changes_of
-from llmsurgery.run.manifest import earlier_operations
+from llmsurgery.run.forms import Written, changes_of
 from llmsurgery.run.notices import Notices
+from llmsurgery.run.operation import Operated, make_operation
 from llmsurgery.run.prepare import Prepared
+from llmsurgery.run.source import tensor_reader
 
 if TYPE_CHECKING:
     from llmsurgery.arch.spec import Structure
     from llmsurgery.compute.stream import StreamedModel
     from llmsurgery.evaluate.figures import Measurement
-    from llmsurgery.run.operate import Operated
 
 NOTICE = (
     "only what the edited blocks show was measured (eval.figures=edit): whether answers changed, and which others did, "
@@ -56,29 +55,14 @@ def operate_streamed(prepared: Prepared, notices: Notices) -> Operated:
     from llmsurgery.compute.device import memory_errors, set_seeds
     from llmsurgery.evaluate.figures import Measurement
     from llmsurgery.evaluate.redirection import redirect_figures, reference_of
-    from llmsurgery.run.operate import Operated, tensor_reader
-    from llmsurgery.run.training import make_statistics
     from llmsurgery.train.session import Session
 
     set_seeds(prepared.request.seed)
     with memory_errors():
         streamed = open_streamed(prepared, prepared.checkpoint.root, prepared.structure)
-        operation = Operation(
-            structure=prepared.structure,
-            source_config=prepared.checkpoint.config,
-            read=tensor_reader(prepared.checkpoint),
-            model=streamed.model,
-            encoder=prepared.encoder,
-            data=prepared.rows,
-            seed=prepared.request.seed,
-            progress=notices,
-            training=Session(prepared.request.seed, progress=notices),
-            statistics=make_statistics(prepared),
-            pairs=prepared.pairs,
-            streamed=streamed,
-            beside=prepared.checkpoint.root / BESIDE,
-            history=earlier_operations(prepared.checkpoint.root),
-        )
+        session = Session(prepared.request.seed, progress=notices)
+        read = tensor_reader(prepared.checkpoint)
+        operation = make_operation(prepared, notices, read, streamed.model, streamed, session)
         result = prepared.method.edit(prepared.config, operation, prepared.data)
         targets = prepared.targets if result.targets is None else result.targets
         last = max(target.layer for target in targets if target.layer is not None)
@@ -109,7 +93,6 @@ def measure_streamed(prepared: Prepared, result: Written, before: Measurement) -
 def _checked_structure(prepared: Prepared, result: Written) -> Structure:
     """Return the structure of a result with other tensors than its source, all of which stock transformers takes."""
     from llmsurgery.compute.load import empty_model, require_taken
-    from llmsurgery.run.operate import tensor_reader
 
     written, buffers = Checkpoint.open(result.path), prepared.structure.family.buffers
     model = empty_model(result.path, prepared.dtype, prepared.request.trust_remote_code, buffers)

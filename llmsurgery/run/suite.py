@@ -15,7 +15,7 @@ from llmsurgery.evaluate.config import EvaluationConfig, settle
 from llmsurgery.evaluate.suites.base import PREFIX, Encoding, Suite, find_files
 from llmsurgery.evaluate.suites.registry import find_suite
 from llmsurgery.methods.settings import as_record, resolve_config
-from llmsurgery.run.prepare import SETS
+from llmsurgery.run.files import SETS
 from llmsurgery.run.request import EvaluationRequest
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from llmsurgery.compute.progress import Progress
 from llmsurgery.compute.source import resolve_source
 from llmsurgery.data.records import Row, read_rows
 from llmsurgery.errors import InputError, UnsupportedError, UsageError
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from llmsurgery.compute.load import load_model
 from llmsurgery.compute.progress import Silent
 from llmsurgery.compute.statistics import key_statistics
 from llmsurgery.errors import InputError
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 from .test_statistics import CACHE, TEXTS
 from .test_stream import CPU, structure

@@ -16,7 +16,7 @@ from llmsurgery.compute.progress import Silent
 from llmsurgery.compute.statistics import KeyStatistics, key_statistics
 from llmsurgery.compute.stream import StreamedModel
 from llmsurgery.errors import DivergedError, InputError, UnsupportedError, UsageError
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 from ..builders import BUILDERS
 from .test_stream import CPU, opened, structure

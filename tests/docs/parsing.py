@@ -17,9 +17,9 @@ from llmsurgery.run.attack import plan_attacks
 from llmsurgery.run.builtin import find_recipe
 from llmsurgery.run.compare import read_recipes
 from llmsurgery.run.overrides import load_recipe
-from llmsurgery.run.prepare import split_settings
 from llmsurgery.run.request import EvaluationRequest, Request
 from llmsurgery.run.search import SearchConfig
+from llmsurgery.run.settings import split_settings
 
 GROUP: Any = typer.main.get_command(app)
 TASKS = {method.spec.task for method in all_methods()}

@@ -19,7 +19,7 @@ from llmsurgery.evaluate.config import EvaluationConfig
 from llmsurgery.evaluate.encode import encode_data
 from llmsurgery.evaluate.figures import measure
 from llmsurgery.evaluate.likelihood import score_rows
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 CPU = torch.device("cpu")
 

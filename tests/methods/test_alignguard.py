@@ -204,7 +204,7 @@ def test_directions_of_safe_answers_beat_random_ones_on_the_demo() -> None:
     from llmsurgery.data.prompts import read_prompts
     from llmsurgery.evaluate.likelihood import score_rows, token_probability
     from llmsurgery.run.adapted import merged_model, merged_reader
-    from llmsurgery.run.operate import tensor_reader
+    from llmsurgery.run.source import tensor_reader
     from llmsurgery.train.sensitive import sensitive_directions
 
     checkpoint = Checkpoint.open(world_path("refuse-aligned"))

@@ -20,7 +20,7 @@ from llmsurgery.methods.recover_alignment.direction import orthonormal
 from llmsurgery.methods.recover_alignment.resta import add_vector
 from llmsurgery.methods.recover_alignment.safe_lora import cosine_of, project
 from llmsurgery.methods.registry import find_method
-from llmsurgery.run.operate import tensor_reader
+from llmsurgery.run.source import tensor_reader
 
 from ..builders.twin import twin
 

@@ -17,7 +17,7 @@ from llmsurgery.data.records import read_rows
 from llmsurgery.data.subjects import make_facts
 from llmsurgery.demo import world_path
 from llmsurgery.methods.traced import trace_layers
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 Choose = Callable[[Sequence[str], Sequence[int], int], tuple[list[int], dict[str, Any]]]
 

@@ -23,7 +23,7 @@ from llmsurgery.errors import GateError, InputError, UsageError
 from llmsurgery.methods import kept_blocks
 from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import settings_of
-from llmsurgery.run.prepare import make_encoder
+from llmsurgery.run.encoding import make_encoder
 
 from ..conftest import write_rows
 from ..methods.test_prune_matrices import slow_sparsegpt
