@@ -68,6 +68,7 @@ class MethodSpec:
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
         refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
+        recovers: Whether it trains on request, when its own work is done: where `max_steps` or `epochs` is above 0.
     """
 
     name: str
@@ -97,6 +98,13 @@ class MethodSpec:
     structured: bool = False
     refuses: tuple[str, ...] = ()
     pictures: bool = False
+    recovers: bool = False
+
+    def trains(self, config: object) -> bool:
+        """Return whether a run with this config trains."""
+        training = getattr(config, "training", None)
+        asked = getattr(training, "max_steps", 0) or getattr(training, "epochs", 0)
+        return self.trained or (self.recovers and bool(asked))
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""

@@ -59,7 +59,7 @@ def check_quantize(mode: str, method: Method, config: object, structure: Structu
     if mode not in MODES:
         raise unknown_name("value of --quantize", mode, MODES)
     if mode != "none" and not method.spec.trained:
-        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
+        raise no_quantize(method)
     if mode != "none" and full:
         raise UsageError(
             f"--quantize {mode} does not go with training of the weights themselves",
@@ -74,6 +74,12 @@ def check_quantize(mode: str, method: Method, config: object, structure: Structu
         import_bitsandbytes()
         if mode != "none":
             quantisable(structure)
+
+
+def no_quantize(method: Method) -> UsageError:
+    """Return the error of a method that has no use for quantised weights."""
+    why = "it scores the weights themselves" if method.spec.recovers else "it does not train"
+    return UsageError(f"{method.spec.name} has no --quantize", why, "drop --quantize")
 
 
 def check_dtypes(method: Method, structure: Structure, asked: str, computed: torch.dtype) -> None:

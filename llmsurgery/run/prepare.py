@@ -29,7 +29,7 @@ from llmsurgery.methods.registry import find_method
 from llmsurgery.methods.settings import resolve_config
 from llmsurgery.run.choices import NAMES as ASKED
 from llmsurgery.run.choices import asked_needs, is_debiasing, read_asked, split_asked
-from llmsurgery.run.fitting import check_dtypes, check_quantize, parse_batch_size
+from llmsurgery.run.fitting import check_dtypes, check_quantize, no_quantize, parse_batch_size
 from llmsurgery.run.needs import data_digest, offered_needs, row_needs
 from llmsurgery.run.pairs import NEED as PAIRS
 from llmsurgery.run.pairs import name_needs, pair_needs, requested_pairs, require_figures, wants_pairs
@@ -185,7 +185,8 @@ def prepare(request: Request) -> Prepared:
     dtype = resolve_dtype(request.dtype, stored_dtype(checkpoint), device)
     retained = None if request.retain_model is None else Checkpoint.open(resolve_source(request.retain_model))
     structure = detect(checkpoint.config, checkpoint.tensors)
-    config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
+    if method.spec.trains(config):
+        config = settle_lr(config, structure, guard != "none", method.spec.lr_scale)
     settle_own = getattr(method, "settle", None)
     config = config if settle_own is None else settle_own(config, structure)
     check_dtypes(method, structure, request.dtype, dtype)
@@ -426,7 +427,7 @@ def data_files(method: Method, request: Request) -> dict[str, Path]:
 
 def unwatched(method: Method) -> str | None:
     """Return why a method has neither guard nor stop rule, None if it has."""
-    if not method.spec.trained:
+    if not (method.spec.trained or method.spec.recovers):
         return "it does not train"
     return None if "forget" in method.spec.needs else "nothing is to be forgotten"
 
@@ -442,10 +443,10 @@ def check_untrained(method: Method, request: Request) -> None:
         raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
     if method.spec.trained:
         return
-    if request.until is not None:
+    if request.until is not None and not method.spec.recovers:
         raise UsageError(f"{method.spec.name} has no --until", "it does not train", "drop --until")
     if request.quantize != "none":
-        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
+        raise no_quantize(method)
 
 
 def _stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:
