@@ -1,4 +1,4 @@
-"""Recovery of LLM-Pruner: it wins loss back, is stored as it was trained, goes on after a kill, and is off by default."""
+"""Recovery of LLM-Pruner: it wins loss back, is stored as trained, goes on after a kill, and is off by default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmsurgery.compute.load import load_tokenizer
 from llmsurgery.data.chat import Encoder
 from llmsurgery.data.records import Row
 from llmsurgery.data.windows import text_pieces
-from llmsurgery.errors import DivergedError, InputError, NoEffectError, SurgeryError, UsageError
+from llmsurgery.errors import DivergedError, InputError, SurgeryError, UsageError
 from llmsurgery.methods import folding
 from llmsurgery.train import loop
 from llmsurgery.train.loop import TrainingResult
@@ -244,11 +244,12 @@ def test_what_is_trained_on(model: Path, text: Path, tmp_path: Path) -> None:
         run(model, text, tmp_path / "out", calibration=long)
     assert "max_length" in caught.value.fix
     questions = write_rows(tmp_path / "rows.jsonl", [{"question": "Who?", "answer": "Orla."}] * 3)
-    settings = {**SETTINGS, "max_steps": 0, "epochs": 2, "batch_size": 2, "max_length": 256}
-    record = run(model, text, tmp_path / "out", settings, calibration=questions)["operations"][0]["record"]
-    assert (record["rows"], record["steps"], record["stopped"]) == (3, 3, "epochs")
-    with pytest.raises(NoEffectError):
-        run(model, text, tmp_path / "same", {**SETTINGS, "part": "heads"}, sparsity=0.01, dry_run=False)
+    settings = {**SETTINGS, "max_steps": 0, "epochs": 1, "batch_size": 2, "max_length": 256, "lr": 20.0}
+    manifest = run(model, text, tmp_path / "out", settings, calibration=questions)
+    record = manifest["operations"][0]["record"]
+    assert (record["rows"], record["steps"], record["stopped"]) == (3, 2, "epochs")
+    # Steps as large as that spoil the model.
+    assert any("recovery raised the loss" in notice for notice in manifest["notices"])
 
 
 def test_text_is_cut_into_pieces(model: Path) -> None:
