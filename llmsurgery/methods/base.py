@@ -4,7 +4,9 @@ A method of the task `redirect` needs "pairs" in place of rows; one that has to 
 also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
 pairs)` in its place, which returns what `concept.prob` is measured on. A method of the task `debias` needs "mcq" or
 "contrast", and has `check_asked(config, encoder, given)`, which raises. One whose hyperparameters depend on the
-model has `settle(config, structure)`, which returns the config with all of them filled in.
+model has `settle(config, structure)`, which returns the config with all of them filled in. One that trains a model
+which it has made smaller tells the prediction of memory what trains: `moved(config, structure)` are the tensors,
+`trained_rows(prepared)` the rows, `trained_model(config, structure, model)` the model, all on the meta device.
 """
 
 from __future__ import annotations

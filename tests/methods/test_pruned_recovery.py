@@ -202,7 +202,6 @@ def test_a_dry_run_counts_the_smaller_model(model: Path, text: Path, tmp_path: P
     assert plans["on"]["memory"]["step"] == {"sequences": 4, "tokens": 32}
     # Sums in fp32 of the gradients of all matrices of the source.
     entries = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    assert phases["off"]["gradients"] - phases["off"]["before"] > -4 * entries
     assert phases["off"]["gradients"] - plans["off"]["memory"]["base"] > 2 * 4 * entries
     assert not list(tmp_path.iterdir())
 
