@@ -120,7 +120,8 @@ class WordScorer:
         for start in range(0, size, step):
             block = vocabulary.centred(start, min(start + step, size))
             self._covariance += (block.T @ block).double() / size
-        wanted = torch.isin(vocabulary.ids, torch.tensor(list(ids), device=vocabulary.ids.device)).nonzero().squeeze(1).tolist()
+        asked = torch.tensor(list(ids), device=vocabulary.ids.device)
+        wanted = torch.isin(vocabulary.ids, asked).nonzero().squeeze(1).tolist()
         self._rows = torch.cat([vocabulary.centred(place, place + 1) for place in wanted]).double()
 
     def scores(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def complement_log_probabilities(
         others = logits.scatter(1, wanted[:, None], -torch.inf).logsumexp(-1)
         return torch.stack((own - log_sums, others - log_sums))
 
-    rows = chunk_rows(head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     pairs = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
     log_p, log_rest = torch.cat([checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs], dim=1)
     return log_p, log_rest

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 CHUNK_ELEMENTS = 2**23
 """Logits held at once: 8 million, 32 MiB in fp32."""
 
+CUDA_CHUNK_ELEMENTS = 2**26
+"""The same on a GPU, which reads the whole head anew for every chunk: 256 MiB in fp32."""
+
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:
     """Return the model below its language-model head."""
@@ -112,9 +115,14 @@ def read_head(model: PreTrainedModel) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Return how many positions go through the head at once."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def chunk_elements(device: torch.device) -> int:
+    """Return how many logits are held at once on a device."""
+    return CUDA_CHUNK_ELEMENTS if device.type == "cuda" else CHUNK_ELEMENTS
+
+
+def chunk_rows(weight: torch.Tensor) -> int:
+    """Return how many positions go through a head of weight [vocabulary, width] at once."""
+    return max(1, chunk_elements(weight.device) // weight.shape[0])
 
 
 class _LabelLogProbabilities(torch.autograd.Function):
@@ -134,7 +142,7 @@ class _LabelLogProbabilities(torch.autograd.Function):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         head = Head(weight, bias, softcap)
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight)
         result = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         log_sums = torch.empty_like(result)
         needs_hidden, *needs_head = context.needs_input_grad[:3]
@@ -163,7 +171,7 @@ class _LabelLogProbabilities(torch.autograd.Function):
         hidden, weight, bias, labels, log_sums = context.saved_tensors
         head = Head(weight, bias, context.softcap)
         needs_hidden, needs_weight, needs_bias, *_ = context.needs_input_grad
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
@@ -223,7 +231,7 @@ def _module_log_probabilities(hidden: torch.Tensor, head: ModuleHead, labels: to
         logits = head.logits(states).float()
         return logits.gather(1, wanted[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
 
-    rows = chunk_rows(head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     pairs = zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
     return torch.cat([checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs])
 
@@ -304,7 +312,7 @@ def label_statistics(hidden: torch.Tensor, head: Head, labels: torch.Tensor, mom
     greedy = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     mean = torch.empty_like(result) if moments else None
     variance = torch.empty_like(result) if moments else None
-    rows = chunk_rows(head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         scores = head.logits(hidden[part]).float()
@@ -348,7 +356,7 @@ def mean_kl(before: torch.Tensor, after: torch.Tensor, before_head: Head, after_
     Returns:
         One value per position [positions], fp32, in nats.
     """
-    rows = chunk_rows(before_head.weight.shape[0])
+    rows = chunk_rows(before_head.weight)
     parts = []
     for start in range(0, len(before), rows):
         part = slice(start, start + rows)

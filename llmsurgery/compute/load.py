@@ -171,13 +171,10 @@ def load_with(
         UnsupportedError: transformers has no class for it.
     """
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-
-    def load() -> Any:
-        config = AutoConfig.from_pretrained(path, **common)
-        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            # Fused attention cannot cap its logits, and earlier transformers (5.17) leave the cap out in silence.
-            options.setdefault("attn_implementation", "eager")
-        return auto_class(config).from_pretrained(
+    return _checked(
+        path,
+        buffers,
+        lambda: auto_class(AutoConfig.from_pretrained(path, **common)).from_pretrained(
             path,
             **options,
             **common,
@@ -185,12 +182,7 @@ def load_with(
             use_safetensors=True,
             # Wrong shapes are reported below instead of raised as a bare RuntimeError.
             ignore_mismatched_sizes=True,
-        )
-
-    return _checked(
-        path,
-        buffers,
-        load,
+        ),
     )
 
 

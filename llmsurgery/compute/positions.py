@@ -64,7 +64,7 @@ def per_position(chunk: Chunk, head: Head, hidden: torch.Tensor, *others: torch.
         One value per position [positions], differentiable once. At no time are the logits of more than one chunk held:
         where the head moves, the backward computes them again.
     """
-    rows = chunk_rows(head.weight.shape[0])
+    rows = chunk_rows(head.weight)
     if torch.is_grad_enabled() and hidden.requires_grad and not head_moves(head):
         apply: Any = _Forward.apply
         result: torch.Tensor = apply(chunk, rows, hidden, *others)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -94,7 +95,7 @@ def prune_matrix(
     Returns:
         W with zeros [outputs, inputs], fp32.
     """
-    w, u = weight.clone(), factor.upper
+    w, u = weight.clone(memory_format=torch.contiguous_format), factor.upper
     w[:, factor.dead] = 0
     width = w.shape[1]
     if group is not None:
@@ -106,20 +107,43 @@ def prune_matrix(
         squares = upper.diagonal().square()
         if observe is not None:
             observe(start, part.square() / squares)
-        gone = torch.zeros_like(part, dtype=torch.bool)
         if group is None:
             gone = smallest_of_all(part.square() / squares, share_of(share, part.numel()))
-        errors = torch.zeros_like(part)
-        for j in range(stop - start):
-            if group is not None and j % group[1] == 0:
-                n, m = group
-                gone[:, j : j + m] = smallest(part[:, j : j + m].square() / squares[j : j + m], n)
-            column = part[:, j]
-            kept = column.masked_fill(gone[:, j], 0)
-            error = (column - kept) / upper[j, j]
-            part[:, j:].addr_(error, upper[j, j:], alpha=-1)
-            # Rounding must not leave a little of what was zeroed.
-            part[:, j] = kept
-            errors[:, j] = error
+        else:
+            gone = torch.zeros(part.shape, dtype=torch.bool, device=w.device)
+        errors = torch.zeros(part.shape, device=w.device)
+        if suits_kernel(part):
+            from llmsurgery.compute.sparsegpt_triton import prune_columns
+
+            prune_columns(part, gone, upper, errors, group)
+        else:
+            _prune_columns(part, gone, upper, errors, group)
         w[:, stop:].addmm_(errors, u[start:stop, stop:], alpha=-1)
     return w
+
+
+LARGEST_BLOCK = 256
+"""Columns of the widest block whose rows fit into registers."""
+
+
+def suits_kernel(part: torch.Tensor) -> bool:
+    """Whether the columns of a block [outputs, columns] can be taken by the Triton kernel."""
+    return part.device.type == "cuda" and part.shape[1] <= LARGEST_BLOCK and find_spec("triton") is not None
+
+
+def _prune_columns(
+    part: torch.Tensor, gone: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor, group: tuple[int, int] | None
+) -> None:
+    """Prune the columns of a block in place; arguments as for the Triton kernel."""
+    squares = upper.diagonal().square()
+    for j in range(part.shape[1]):
+        if group is not None and j % group[1] == 0:
+            n, m = group
+            gone[:, j : j + m] = smallest(part[:, j : j + m].square() / squares[j : j + m], n)
+        column = part[:, j]
+        kept = column.masked_fill(gone[:, j], 0)
+        error = (column - kept) / upper[j, j]
+        part[:, j:].addr_(error, upper[j, j:], alpha=-1)
+        # Rounding must not leave a little of what was zeroed.
+        part[:, j] = kept
+        errors[:, j] = error

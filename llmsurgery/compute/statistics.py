@@ -95,11 +95,14 @@ def key_statistics(
     count = sum(map(len, passages))
     require_enough(targets, count, tokens, progress, strict)
     digest = passages_digest(passages)
+    device = in_memory(model).device
     found: dict[int, KeyStatistics] = {}
     for layer, target in targets.items():
         stored = None if cache is None else cache.load(cache_key(digest, count, target))
         if stored is not None:
-            found[layer] = KeyStatistics(layer, key_width(target), count, stored.get("keys"), stored.get("second"))
+            # Where new ones would be: another device solves with other last bits.
+            keys, second = (None if part is None else part.to(device) for part in map(stored.get, ("keys", "second")))
+            found[layer] = KeyStatistics(layer, key_width(target), count, keys, second)
     missing = {layer: target for layer, target in targets.items() if layer not in found}
     if missing:
         computed = _collect(model, structure, missing, passages, encoder.pad_id, progress)

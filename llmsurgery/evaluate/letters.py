@@ -225,7 +225,7 @@ def letter_log_probabilities(
     head = head.to(states.dtype)
     parts = []
     ids = torch.tensor([list(each) for each in tokens], device=states.device)
-    for part in torch.split(states, chunk_rows(head.weight.shape[0])):
+    for part in torch.split(states, chunk_rows(head.weight)):
         logits = head.logits(part).float()
         for token, offset in (offsets or {}).items():
             logits[:, token] += offset

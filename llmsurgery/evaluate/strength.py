@@ -50,13 +50,12 @@ def score_strengths(
         strengths: What to try; 0 is the target alone.
     """
     sums = {strength: [0.0, 0.0] for strength in strengths}
-    device, size = head.weight.device, head.weight.shape[0]
+    device = head.weight.device
     for own, row in zip(states, rows, strict=True):
         labels = torch.tensor(row.ids[len(row.ids) - len(own) :], device=device)
         scores: dict[float, list[torch.Tensor]] = {strength: [] for strength in strengths}
-        for chunk, wanted in zip(
-            *(torch.split(part, chunk_rows(size)) for part in (own.to(device), labels)), strict=True
-        ):  # fmt: skip
+        parts = (torch.split(part, chunk_rows(head.weight)) for part in (own.to(device), labels))
+        for chunk, wanted in zip(*parts, strict=True):
             both = head.logits_of_both(chunk)
             for strength in strengths:
                 settings = {**head.settings, "strength": strength}

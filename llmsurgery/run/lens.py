@@ -150,7 +150,7 @@ def _read(
     result: list[dict[str, object]] = []
     with torch.inference_mode():
         lens = Lens(model, structure)
-        rows = chunk_rows(lens.head.weight.shape[0])
+        rows = chunk_rows(lens.head.weight)
         for name, states in _states(model, structure, ids, request.site):
             positions: list[dict[str, Any]] = []
             for start in range(0, len(states), rows):

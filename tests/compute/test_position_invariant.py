@@ -147,6 +147,8 @@ def test_the_model_is_left_as_it_was(llama: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize("name", INVARIANT)
 def test_architectures_with_rotary_positions_are_invariant(name: str, checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints[name])
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        pytest.skip("this version of transformers leaves the cap of attention logits out")
     require_supported(model)
     found = torch.stack([invariant_states(model, PROMPT.reordered(order))[-1] for order in [(0, 1, 2), *ORDERS]])
     own = torch.stack([own_logits(model, PROMPT.reordered(order))[-1] for order in [(0, 1, 2), *ORDERS]])

@@ -55,8 +55,8 @@ settings = json.loads(sys.argv[4])
 torch.set_num_threads(1)
 # What libraries hold from their first use on is not the run's.
 redirect(
-    sys.argv[5], method="rocr", source="Orla Venn", target="Ivo Hask", out=f"{out}-first", dtype="float32", device="cpu",
-    settings={**settings, "layers": "0", "eval.figures": "edit"},
+    sys.argv[5], method="rocr", source="Orla Venn", target="Ivo Hask", out=f"{out}-first", dtype="float32",
+    device="cpu", settings={**settings, "layers": "0", "eval.figures": "edit"},
 )
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
@@ -87,7 +87,7 @@ def test_a_whole_run_stays_below_a_limit_that_the_model_exceeds(tmp_path: Path) 
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.split("\n")[:2] == ["edit written", "all exit 7"], done.stderr
     # Blocks of zeros change nothing: the edit is that of the last block alone.
-    options: dict[str, Any] = {"method": "rocr", "source": OLD, "target": NEW, "dtype": "float32"}
+    options: dict[str, Any] = {"method": "rocr", "source": OLD, "target": NEW, "dtype": "float32", "device": "cpu"}
     settings = {**settings, "layers": "0", "eval.figures": "edit"}
     redirect(small, out=tmp_path / "one", settings=settings, **options)
     written = Checkpoint.open(tmp_path / "out-edit").read(f"model.layers.{BLOCKS - 1}.mlp.down_proj.weight")

@@ -159,7 +159,7 @@ def read_layers(bench: Bench, rows: Sequence[Encoded], tokens: Sequence[Token], 
 def _read_entry(
     reading: LayerReading, lens: Lens, states: torch.Tensor, labels: torch.Tensor, keys: Sequence[str]
 ) -> None:
-    rows = chunk_rows(lens.head.weight.shape[0])
+    rows = chunk_rows(lens.head.weight)
     for start in range(0, len(keys), rows):
         part = slice(start, start + rows)
         logits = lens.logits(states[part])
