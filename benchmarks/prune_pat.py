@@ -49,8 +49,8 @@ def plans(source: Path, hidden: int | None, options: argparse.Namespace) -> dict
     """Return the runs: name -> words of the command behind `prune MODEL`."""
     from llmsurgery.arch.detect import detect
     from llmsurgery.checkpoint import Checkpoint
+    from llmsurgery.methods.heads_and_channels import channels_kept
     from llmsurgery.methods.narrowing import narrowed_parameters, narrowed_tensors
-    from llmsurgery.methods.prune.llm_pruner import channels_kept
     from llmsurgery.methods.widths import WidthConfig, widths_of
 
     checkpoint = Checkpoint.open(source)
@@ -75,7 +75,7 @@ def plans(source: Path, hidden: int | None, options: argparse.Namespace) -> dict
 
 def pruner_share(structure: Any, gone: int, channels_kept: Any) -> float:
     """Return the largest share of heads and channels, in hundredths, that removes no more parameters than PAT does."""
-    from llmsurgery.methods.prune.llm_pruner import CHANNELS, HEADS, groups_kept, members
+    from llmsurgery.methods.heads_and_channels import CHANNELS, HEADS, groups_kept, members
 
     channels = next(tensor.shape[0] for tensor in structure.tensors if tensor.role == "mlp.gate")
     rows = {t.role: t.shape for t in structure.tensors if t.role in ("attn.q", "attn.k") and t.part == "weight"}

@@ -11,6 +11,9 @@ from llmsurgery.errors import InputError
 
 Window = tuple[int, ...]
 
+SHORTEST = 4
+"""Tokens of a piece at least."""
+
 
 def pack_windows(encoder: Encoder, rows: Sequence[Row], length: int, count: int, name: str) -> list[Window]:
     """Join rows with the end token and cut the whole into windows.
@@ -49,6 +52,29 @@ def pack_windows(encoder: Encoder, rows: Sequence[Row], length: int, count: int,
             "give more text, or shorter windows (--set window=...)",
         )
     return windows
+
+
+def text_pieces(encoder: Encoder, rows: Sequence[Row], length: int, count: int | None = None) -> list[Window]:
+    """Join rows as `pack_windows` does, and cut the whole into pieces of which the last one may be shorter.
+
+    Args:
+        encoder: The model's encoder.
+        rows: Rows of any kind.
+        length: Tokens of a piece at most.
+        count: Pieces at most; None for all.
+
+    Returns:
+        The pieces; a rest of fewer than four tokens is left out.
+    """
+    prefix = encoder.text_prefix()
+    stream = _tokens(encoder, rows)
+    pieces: list[Window] = []
+    while count is None or len(pieces) < count:
+        part = tuple(islice(stream, length - len(prefix)))
+        if len(part) < SHORTEST:
+            break
+        pieces.append((*prefix, *part))
+    return pieces
 
 
 def _tokens(encoder: Encoder, rows: Sequence[Row]) -> Iterator[int]:

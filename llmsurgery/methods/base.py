@@ -4,7 +4,9 @@ A method of the task `redirect` needs "pairs" in place of rows; one that has to 
 also `check_pairs(config, encoder, pairs)`, which raises. One whose pairs need no target has `concepts(config, encoder,
 pairs)` in its place, which returns what `concept.prob` is measured on. A method of the task `debias` needs "mcq" or
 "contrast", and has `check_asked(config, encoder, given)`, which raises. One whose hyperparameters depend on the
-model has `settle(config, structure)`, which returns the config with all of them filled in.
+model has `settle(config, structure)`, which returns the config with all of them filled in. One that trains a model
+which it has made smaller tells the prediction of memory what trains: `moved(config, structure)` are the tensors,
+`trained_rows(prepared)` the rows, `trained_model(config, structure, model)` the model, all on the meta device.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class MethodSpec:
         structured: Whether it makes matrices smaller or fewer, so that the result may be faster.
         refuses: Dtypes ("float16") that it can neither compute in nor store its result in.
         pictures: Whether it is for models that see pictures; all other methods are for text models.
+        recovers: Whether it trains on request, when its own work is done: where `max_steps` or `epochs` is above 0.
     """
 
     name: str
@@ -97,6 +100,13 @@ class MethodSpec:
     structured: bool = False
     refuses: tuple[str, ...] = ()
     pictures: bool = False
+    recovers: bool = False
+
+    def trains(self, config: object) -> bool:
+        """Return whether a run with this config trains."""
+        training = getattr(config, "training", None)
+        asked = getattr(training, "max_steps", 0) or getattr(training, "epochs", 0)
+        return self.trained or (self.recovers and bool(asked))
 
     def export_of(self, config: object) -> str:
         """Return the kind of export of a run with this config."""

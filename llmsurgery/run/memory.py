@@ -95,10 +95,14 @@ def predict(prepared: Prepared, targets: Sequence[RoleTensor]) -> Prediction:
     edits, step = 0, None
     training = getattr(prepared.config, "training", None)
     beside = 0
-    if isinstance(training, TrainingConfig) and targets:
-        # What is only cut or folded does not train.
-        chosen = getattr(prepared.method, "moved", None)
-        moved = targets if chosen is None else chosen(prepared.config, prepared.structure)
+    # What is only cut or folded does not train.
+    chosen = getattr(prepared.method, "moved", None)
+    moved = targets if chosen is None else chosen(prepared.config, prepared.structure)
+    if isinstance(training, TrainingConfig) and moved:
+        # Of a method that trains when it has made the model smaller, that model.
+        if (small := getattr(prepared.method, "trained_model", None)) is not None:
+            model = small(prepared.config, prepared.structure, model)
+            copied = copied | ({target.stored for target in targets} if on_cpu else set())
         step = trace_step(prepared, model, training, moved)
         counted = getattr(prepared.method, "moved_beside", None)
         beside = 0 if counted is None else int(counted(prepared.config, prepared.structure))

@@ -37,7 +37,7 @@ def operate(prepared: Prepared, notices: Notices, store: StateStore, rows: Halvi
     request = prepared.request
     if prepared.evaluation.figures == "edit":
         return operate_streamed(prepared, notices)
-    if prepared.method.spec.trained:
+    if prepared.method.spec.trains(prepared.config):
         lean_allocator(sum(info.size for info in prepared.checkpoint.tensors.values()), prepared.device)
     for name, count in prepared.measured.skipped.items():
         notices.notice(f"{count} passages of --{name} have fewer than four tokens and are left out")

@@ -190,9 +190,12 @@ def trace_step(
 
 
 def _trained_rows(prepared: Prepared) -> Sequence[Encoded]:
-    """Return the forget rows; of a method without, what it prepared are the rows that it trains on."""
+    """Return the forget rows; of a method without, what it prepared are the rows that it trains on, or has them."""
     rows: Sequence[Encoded] = prepared.measured.encoded.get("forget", ())
-    return rows if "forget" in prepared.method.spec.needs else cast("Sequence[Encoded]", prepared.data)
+    if "forget" in prepared.method.spec.needs:
+        return rows
+    own = getattr(prepared.method, "trained_rows", None)
+    return cast("Sequence[Encoded]", prepared.data if own is None else own(prepared.data))
 
 
 def _shapes(prepared: Prepared, micro: int, limit: int) -> list[Shape]:

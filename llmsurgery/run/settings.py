@@ -42,7 +42,8 @@ def _by_prefix(settings: Mapping[str, object]) -> list[dict[str, object]]:
 
 def settle_model(method: Method, config: object, structure: Structure, guarded: bool) -> object:
     """Return a config with what depends on the model filled in: the step size, and what the method settles itself."""
-    config = settle_lr(config, structure, guarded, method.spec.lr_scale)
+    if method.spec.trains(config):
+        config = settle_lr(config, structure, guarded, method.spec.lr_scale)
     settle_own = getattr(method, "settle", None)
     return config if settle_own is None else settle_own(config, structure)
 
@@ -84,7 +85,7 @@ def guard_source(method: Method, request: Request) -> str:
 
 def unwatched(method: Method) -> str | None:
     """Return why a method has neither guard nor stop rule, None if it has."""
-    if not method.spec.trained:
+    if not (method.spec.trained or method.spec.recovers):
         return "it does not train"
     return None if "forget" in method.spec.needs else "nothing is to be forgotten"
 
@@ -97,11 +98,12 @@ def check_untrained(method: Method, request: Request) -> None:
     """
     guard_source(method, request)
     # Of a method that trains, `none` only says what holds anyway.
-    allowed = (None, "none") if method.spec.trained else (None,)
+    allowed = (None, "none") if method.spec.trained or method.spec.recovers else (None,)
     if (why := unwatched(method)) is not None and request.until not in allowed:
         raise UsageError(f"{method.spec.name} has no --until", why, "drop --until")
     if not method.spec.trained and request.quantize != "none":
-        raise UsageError(f"{method.spec.name} has no --quantize", "it does not train", "drop --quantize")
+        why = "it scores the weights themselves" if method.spec.recovers else "it does not train"
+        raise UsageError(f"{method.spec.name} has no --quantize", why, "drop --quantize")
 
 
 def stop_rule(method: Method, config: object, request: Request, available: set[str]) -> Gate | None:

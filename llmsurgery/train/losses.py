@@ -124,6 +124,22 @@ def ascent(
     return Term(value, weight, lambda indices: mean.begin([counts[i] for i in indices]))
 
 
+def cross_entropy(scorer: Scorer, rows: Sequence[Encoded]) -> Term:
+    """Return the cross-entropy of the answers, a mean over tokens; of plain text every token but the first is one.
+
+    Args:
+        scorer: The model.
+        rows: The rows that are trained on.
+    """
+    counts = label_counts(rows)
+    mean = TokenMean()
+
+    def value(indices: Sequence[int]) -> torch.Tensor:
+        return mean(-scorer.log_probabilities([rows[i] for i in indices])[0], len(indices))
+
+    return Term(value, begin=lambda indices: mean.begin([counts[i] for i in indices]))
+
+
 def chance(scorer: Scorer) -> float:
     """Return log V, the cross-entropy of guessing among all tokens."""
     return math.log(scorer.head.weight.shape[0])

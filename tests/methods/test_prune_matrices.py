@@ -12,8 +12,9 @@ from llmsurgery.compute.inputs import SquareSum
 from llmsurgery.compute.sparsegpt import Factor, factorise, prune_matrix
 from llmsurgery.errors import DivergedError
 from llmsurgery.methods.amounts import Amount
+from llmsurgery.methods.group_scores import entry_terms, tensor_score
+from llmsurgery.methods.heads_and_channels import channels_kept, groups_kept
 from llmsurgery.methods.prune.d_pruner import block_mask, joined
-from llmsurgery.methods.prune.llm_pruner import channels_kept, entry_terms, groups_kept, tensor_score
 from llmsurgery.methods.prune.shortgpt import influence
 from llmsurgery.methods.prune.void import activity, voids
 from llmsurgery.methods.prune.wanda import scores, variant_mask, wanda_mask
