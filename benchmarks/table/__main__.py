@@ -12,8 +12,9 @@ from benchmarks.table.cost import covariance, flat_step, memory, startup, unlear
 from benchmarks.table.faults import faults
 from benchmarks.table.files import byte_layer, conformance, kill_resume, patches, reload
 from benchmarks.table.forgetting import attacks, comparison, guard, guard_curves, unlearn_smollm2
+from benchmarks.table.gpu import gpu_kernels
 from benchmarks.table.letters import debias_cost, debias_smollm2
-from benchmarks.table.narrowing import prune_pat
+from benchmarks.table.narrowing import prune_pat, prune_pat_settings
 from benchmarks.table.norms import layernorm
 from benchmarks.table.page import machine, newest
 from benchmarks.table.pruned import d_pruner_memory, prune_peers, prune_smollm2
@@ -74,6 +75,8 @@ SECTIONS = {
     "vision_demo": vision_demo,
     "layernorm": layernorm,
     "prune_pat": prune_pat,
+    "prune_pat_settings": prune_pat_settings,
+    "gpu_kernels": gpu_kernels,
 }
 
 

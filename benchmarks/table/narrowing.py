@@ -33,3 +33,36 @@ def prune_pat(result: dict[str, Any]) -> str:
     )
     header = ["model", "parameters", "weights", "perplexity", "prefill", "decode", "CPU time and memory of pruning"]
     return "## Three quarters of the width, SmolLM2-135M\n\n" + text + "\n" + rows(header, lines)
+
+
+def prune_pat_settings(result: dict[str, Any]) -> str:
+    """Return the section on settings of PAT and on sets of channels that are not learned."""
+    lines = []
+    for run in result["runs"]:
+        given, found = run["settings"], run["ppl"]["result"]
+        low, high = found["interval"]
+        lines.append(
+            [
+                run["name"],
+                given["kept"],
+                str(given["operator_rank"]),
+                str(given["horizon"] or "default"),
+                f"{given['rounded']:g}",
+                "default" if given["gate_lr"] is None else f"{given['gate_lr']:g}",
+                f"{given['lr']:g}, {given['train'] if given['train'] == 'full' else 'lora ' + str(given['rank'])}",
+                f"{found['value']:.1f} ({low:.1f} to {high:.1f})",
+                f"{run['record']['undecided_gates']:.0%}",
+            ]
+        )
+    first = result["runs"][0]
+    record, source = first["record"], first["ppl"]["source"]
+    text = (
+        f"{record['steps']} steps of {first['settings']['batch_size']} x {first['settings']['window']} tokens "
+        f"to a width of {record['kept_width']}, perplexity on the {first['data']['text']['rows']} passages of\n"
+        "the section above (source "
+        f"{source['value']:.2f}); one seed each, many runs at once on one card, so times mean nothing.\n"
+        "Defaults then were a horizon of a third of the steps and gates of 6 / horizon; those of the first row are "
+        f"today's.\n{result['note']}\n"
+    )
+    header = ["run", "kept", "operator rank", "horizon", "rounded", "gate lr", "lr", "perplexity", "undecided"]
+    return "## Settings of PAT, SmolLM2-135M\n\n" + text + "\n" + rows(header, lines)

@@ -58,6 +58,12 @@ if TYPE_CHECKING:
     from llmsurgery.train.trainable import Trainable
     from llmsurgery.train.width_gate import Place, WidthGate
 
+PAPER_RANK = 200
+"""Rank of the operators of models that are 4096 wide."""
+
+GATE_PATH = 18.0
+"""Steps of a proxy times their size over the horizon, by default: how far it can go."""
+
 MANY_PASSES = 30
 """Passes over the data that are worth a notice."""
 
@@ -76,17 +82,21 @@ class PatConfig:
     """Hyperparameters of PAT; `llmsurgery methods pat` prints them with their help."""
 
     width: WidthConfig = field(default_factory=WidthConfig)
-    operator_rank: int = option(64, "rank r of the operators, at most the width", minimum=1)
+    operator_rank: int | None = option(
+        None,
+        "rank r of the operators, at most the width; none: the paper's 200, or a third of a narrower width",
+        minimum=1,
+    )
     kept: str = option(
         "learned", "which channels stay; what is not learned is there to compare with", ("learned", "random", "first")
     )
     horizon: int = option(
         0,
-        "steps s0 in which the gates close; 0: a third of all steps, or 100 if these are fewer and there is room",
+        "steps s0 in which the gates close; 0: a fifth of all steps, or 60 if these are fewer and there is room",
         minimum=0,
     )
-    rounded: float = option(0.5, "share of the steps, the last, under the rounded gate", minimum=0, maximum=1)
-    gate_lr: float | None = option(None, "step size of the proxies w; none: 6 / horizon", minimum=0)
+    rounded: float = option(0.67, "share of the steps, the last, under the rounded gate", minimum=0, maximum=1)
+    gate_lr: float | None = option(None, "step size of the proxies w; none: 18 / horizon", minimum=0)
     identity_weight: float = option(1.0, "weight of the identity loss; 0 leaves v at 1, too", minimum=0)
     teacher: bool = option(False, "train on the source's distributions; the option --teacher sets it")
     window: int = option(128, "tokens of a piece of plain text", minimum=8)
@@ -114,7 +124,7 @@ class Pat:
         lacks=OTHER_NORMS,
         presets={
             "paper": {
-                "operator_rank": 200,
+                "operator_rank": PAPER_RANK,
                 "horizon": 10000,
                 "rounded": 0.0,
                 "gate_lr": 5e-5,
@@ -219,7 +229,7 @@ def tell_of_repeats(operation: Operation, passes: float) -> None:
 
 def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> dict[Place, int]:
     """Return where operators stand and their ranks; a tied embedding has the gate alone."""
-    rank = min(config.operator_rank, widths.before)
+    rank = min(config.operator_rank or min(PAPER_RANK, max(1, widths.before // 3)), widths.before)
     ranks: dict[Place, int] = {("embed", None): rank if config.width.untie or not is_tied(structure) else 0}
     for layer in range(structure.layers):
         ranks |= {("attn", layer): rank, ("mlp", layer): rank}
@@ -231,7 +241,7 @@ def horizon_of(config: PatConfig, steps: int) -> int:
     from llmsurgery.train.width_gate import SETTLED
 
     room = int((1 - config.rounded) * steps / SETTLED)
-    return config.horizon or max(steps // 3, min(100, room))
+    return config.horizon or max(steps // 5, min(60, room))
 
 
 def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: int) -> WidthGate:
@@ -255,7 +265,7 @@ def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: 
 def with_gate(trainable: Trainable, gate: WidthGate, config: PatConfig) -> Trainable:
     """Return a model prepared for training with the gate and its operators among what moves."""
     lr = config.training.lr or 0.0
-    gate_lr = 6 / gate.horizon if config.gate_lr is None else config.gate_lr
+    gate_lr = GATE_PATH / gate.horizon if config.gate_lr is None else config.gate_lr
     parameters = [*trainable.parameters, *gate.moving()]
     factors = [1.0] * len(parameters)
     if gate.fixed is None:
@@ -291,12 +301,12 @@ def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
     if undecided <= MOST_UNDECIDED:
         return
     what = f"{undecided:.0%} of the gates are undecided after {steps} steps"
-    fix = f"raise the step size of the gates (--set gate_lr=..., {6 / gate.horizon:.2g} suits this horizon)"
+    fix = f"raise the step size of the gates (--set gate_lr=..., {GATE_PATH / gate.horizon:.2g} suits this horizon)"
     if gate.manner is Manner.SOFT:
         raise GateError(
             what,
             f"their proxies are within 0.05 of 0, and rounding opens and closes them at once; {MOST_UNDECIDED:.0%} "
             "may be",
-            f"{fix}, take more steps, or train the last of them under the rounded gate (--set rounded=0.5)",
+            f"{fix}, take more steps, or train the last of them under the rounded gate (--set rounded=0.67)",
         )
     progress.notice(f"{what}: among these the order of their proxies has chosen; to change that, {fix}")
