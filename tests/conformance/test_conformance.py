@@ -209,6 +209,8 @@ class Runs:
         if not supported(method, self.checkpoints[architecture]):
             spec = METHODS[method]
             pytest.skip(f"{method} needs one of the roles {', '.join(spec.roles)}, and none of {', '.join(spec.lacks)}")
+        if method == "fold" and architecture in ("tied_llama", "sharded_llama"):
+            pytest.skip("gains of 1 and no biases: there is nothing to fold, and a run that changes nothing is an error")
         if key not in self.made:
             self.sources.setdefault(architecture, tree(self.checkpoints[architecture]))
             self.made[key] = self._make(*key)
