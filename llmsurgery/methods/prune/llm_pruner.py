@@ -22,8 +22,8 @@ Recovery: with max_steps or epochs above 0 the smaller model is trained on --cal
 adapters are merged: W[kept] + alpha / rank B A is rounded once to the stored dtype. What is scored is the beginning of
 --calibration, `samples` windows of `window` tokens; what is trained on is all of it, plain text in pieces of
 `max_length` tokens, of questions and chats the answers. Instructions as in the paper are rows of that file like any
-other. The step size is the paper's 1e-4, larger in narrow models; a run of some dozens of steps wins back much more
-with --set lr=1e-3. `loss_pruned` and `loss_recovered` of the record are the loss on the first 16 rows before and after;
+other. The step size is 1e-3, ten times the paper's, and larger in narrow models: a run of some dozens of steps wins
+back much more with it. `loss_pruned` and `loss_recovered` of the record are the loss on the first 16 rows before and after;
 whether other text got better says utility.ppl.
 
 What differs from the released code (horseee/LLM-Pruner), and why:
@@ -113,6 +113,7 @@ class LlmPruner:
         roles=("attn.q",),
         lacks=("attn.qkv", "attn.kv_a", "mlp.gate_up", "router"),
         recovers=True,
+        lr_scale=10.0,
         presets={"paper": {"epochs": 2, "lr": 1e-4, "batch_size": 64, "rank": 8}},
     )
     config_type = LlmPrunerConfig
