@@ -5,7 +5,7 @@
 TEXT holds `text` per line: its last `--passages` rows are measured, the rows before them are trained or calibrated on.
 `random` trains like `pat`, as many steps on the same pieces, with a set of channels that is drawn before. ShortGPT and
 LLM-Pruner train nothing; they keep as many blocks, or heads and channels, as give the size of PAT's result or the next
-larger one. Each runs in a process of its own, whose time and memory are those of loading, pruning, writing, and
+larger one; `llm-pruner, recovered` trains as long as PAT. Each runs in a process of its own, whose time and memory are those of loading, pruning, writing, and
 measuring one short passage. Speeds are taken at the end in this process, source and results in turn, `--repeats` times
 each; the fastest counts.
 """
@@ -68,6 +68,8 @@ def plans(source: Path, hidden: int | None, options: argparse.Namespace) -> dict
         "shortgpt": ["--method", "shortgpt", "--layers", str(layers)],
         "llm-pruner": ["--method", "llm-pruner", "--sparsity", f"{share:g}"],
     }
+    recovery = (f"max_steps={options.steps}", f"batch_size={ROWS}", f"max_length={TOKENS}")
+    result["llm-pruner, recovered"] = [*result["llm-pruner"], *(word for item in recovery for word in ("--set", item))]
     if options.teacher:
         result["pat, teacher"] = ["--method", "pat", *words, "--teacher"]
     return result

@@ -210,7 +210,7 @@ class Runs:
             spec = METHODS[method]
             pytest.skip(f"{method} needs one of the roles {', '.join(spec.roles)}, and none of {', '.join(spec.lacks)}")
         if method == "fold" and architecture in ("tied_llama", "sharded_llama"):
-            pytest.skip("gains of 1 and no biases: there is nothing to fold, and a run that changes nothing is an error")
+            pytest.skip("gains of 1 and no biases: nothing to fold, and a run that changes nothing is an error")
         if key not in self.made:
             self.sources.setdefault(architecture, tree(self.checkpoints[architecture]))
             self.made[key] = self._make(*key)
