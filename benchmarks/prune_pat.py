@@ -5,9 +5,9 @@
 TEXT holds `text` per line: its last `--passages` rows are measured, the rows before them are trained or calibrated on.
 `random` trains like `pat`, as many steps on the same pieces, with a set of channels that is drawn before. ShortGPT and
 LLM-Pruner train nothing; they keep as many blocks, or heads and channels, as give the size of PAT's result or the next
-larger one; `llm-pruner, recovered` trains as long as PAT. Each runs in a process of its own, whose time and memory are those of loading, pruning, writing, and
-measuring one short passage. Speeds are taken at the end in this process, source and results in turn, `--repeats` times
-each; the fastest counts.
+larger one; `llm-pruner, recovered` trains as long as PAT. Each runs in a process of its own, whose time and memory are
+those of loading, pruning, writing, and measuring one short passage. Speeds are taken at the end in this process, source
+and results in turn, `--repeats` times each; the fastest counts.
 """
 
 from __future__ import annotations
