@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmsurgery.arch.spec import RoleTensor, Structure
+from llmsurgery.compute.lockstep import Ended
 from llmsurgery.compute.view import weight_view
 
 
@@ -90,7 +91,11 @@ class _Watch(Generic[S]):
 
 @contextmanager
 def watched_inputs(
-    model: PreTrainedModel, structure: Structure, targets: Sequence[RoleTensor], make: Callable[[int], S]
+    model: PreTrainedModel,
+    structure: Structure,
+    targets: Sequence[RoleTensor],
+    make: Callable[[int], S],
+    block: torch.nn.Module | None = None,
 ) -> Iterator[Callable[[RoleTensor], S]]:
     """Take statistics of what enters some matrices in the forwards inside a `with` block.
 
@@ -102,14 +107,22 @@ def watched_inputs(
         structure: Its roles.
         targets: Matrices.
         make: Makes an empty statistic of vectors of some size.
+        block: Raise `Ended` in a forward of this module as soon as all inputs are taken, so that the last matrix does
+            not multiply. Never where some matrix saw nothing, or experts are fused.
 
     Yields:
         A function that returns the statistic of a matrix; it may be called behind the `with` block too.
     """
     watch: _Watch[S] = _Watch(make)
     handles = []
-    for path in dict.fromkeys(target.module for target in targets if target.fused is None):
-        handles.append(model.get_submodule(path).register_forward_pre_hook(_catch(watch, path)))
+    paths = dict.fromkeys(target.module for target in targets if target.fused is None)
+    fused = any(target.fused is not None for target in targets)
+    end = None
+    if block is not None and not fused:
+        end = _End(paths)
+        handles.append(block.register_forward_pre_hook(end.begin))
+    for path in paths:
+        handles.append(model.get_submodule(path).register_forward_pre_hook(_catch(watch, path, end)))
     experts: dict[str, list[RoleTensor]] = defaultdict(list)
     for target in targets:
         if target.fused is not None:
@@ -133,9 +146,29 @@ def _key(target: RoleTensor) -> object:
     return target.module, target.expert, "middle" if target.role.endswith(".down") else "entering"
 
 
-def _catch(watch: _Watch[Any], path: str) -> Callable[..., None]:
+class _End:
+    """Ends every forward at the last of some modules."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._all = frozenset(paths)
+        self._left: set[str] = set()
+
+    def begin(self, *_: object) -> None:
+        """Begin a forward."""
+        self._left = set(self._all)
+
+    def reach(self, path: str) -> None:
+        """Note that the input of a module is taken."""
+        self._left.discard(path)
+        if not self._left:
+            raise Ended
+
+
+def _catch(watch: _Watch[Any], path: str, end: _End | None) -> Callable[..., None]:
     def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         watch.take(path, arguments[0])
+        if end is not None:
+            end.reach(path)
 
     return hook
 

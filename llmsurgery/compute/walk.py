@@ -82,9 +82,10 @@ class BlockWalk:
         self.layer += 1
 
     def look(self) -> None:
-        """Run all batches through the next block for its hooks; they stay where they are."""
-        for _ in self.outputs():
-            pass
+        """Run all batches through the next block for its hooks, which may end it; they stay where they are."""
+        for number in range(len(self.states)):
+            with suppress(Ended):
+                self._output(number)
 
     def advance(self) -> None:
         """Run all batches through the next block as it is now; their states become what it puts out."""
@@ -93,11 +94,14 @@ class BlockWalk:
 
     def outputs(self) -> Iterator[torch.Tensor]:
         """Yield what the next block makes of each batch."""
-        module = self.block
-        with torch.inference_mode():
-            for state in self.states:
-                arguments, keywords = self._given[len(state)][self.layer]
-                yield first_tensor(module(state, *arguments, **keywords))
+        for number in range(len(self.states)):
+            yield self._output(number)
+
+    @torch.inference_mode()
+    def _output(self, number: int) -> torch.Tensor:
+        state = self.states[number]
+        arguments, keywords = self._given[len(state)][self.layer]
+        return first_tensor(self.block(state, *arguments, **keywords))
 
 
 class _StandIn(torch.nn.Module):

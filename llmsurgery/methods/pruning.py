@@ -204,7 +204,7 @@ def prune_blocks(
             with walk.held():
                 made = kept.load(layer, members)
                 if members and made is None:
-                    with watched_inputs(operation.model, operation.structure, members, make) as statistic:
+                    with watched_inputs(operation.model, operation.structure, members, make, walk.block) as statistic:
                         walk.look()
                     made = {
                         target.stored: as_stored(

@@ -87,6 +87,31 @@ def test_matrices_that_read_one_tensor_share_a_statistic(architecture: str, chec
         assert by_role["mlp.gate"] is by_role["mlp.up"] is not by_role["mlp.down"]
 
 
+@pytest.mark.parametrize("architecture", ["sharded_llama", "gpt2", "gpt_neox", "gemma2"])
+def test_a_forward_ends_behind_the_last_input(architecture: str, checkpoints: dict[str, Path]) -> None:
+    model, structure = opened(checkpoints[architecture])
+    targets = [tensor for tensor in structure.select(["linear"]) if tensor.layer == 0]
+    found, products = [], []
+    for ended in (False, True):
+        walk, ran = BlockWalk(model, structure, BATCHES), []
+        handles = [
+            model.get_submodule(path).register_forward_hook(lambda *_, path=path: ran.append(path))  # noqa: B023
+            for path in dict.fromkeys(target.module for target in targets)
+        ]
+        with walk.held():
+            with watched_inputs(model, structure, targets, SecondMoment, walk.block if ended else None) as statistic:
+                walk.look()
+            walk.advance()
+        for handle in handles:
+            handle.remove()
+        found.append([statistic(target) for target in targets])
+        products.append(len(ran))
+    assert products[1] == products[0] - len(BATCHES)
+    for whole, short in zip(*found, strict=True):
+        assert short.count == whole.count > 0
+        assert torch.equal(short.sum, whole.sum)
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v2_lite"])
 def test_experts_see_the_tokens_that_are_sent_to_them(architecture: str, checkpoints: dict[str, Path]) -> None:
     model, structure = opened(checkpoints[architecture])
