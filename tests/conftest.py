@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -26,14 +27,32 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LLMSURGERY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def freeze() -> None:
+    """Take what lives now, the imported libraries above all, out of the collector's view.
+
+    Each run collects garbage once, which then takes no time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+ENDED = itertools.count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Freeze again as more is imported: often among the first tests of a process, seldom later."""
+    number = next(ENDED)
+    if number & (number - 1) == 0 or number % 64 == 0:
+        freeze()
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every tiny checkpoint, built once; tests never write into them."""
     root = tmp_path_factory.mktemp("checkpoints")
     built = {name: build(root / name) for name, build in BUILDERS.items()}
-    # Each run collects garbage once; without the imported libraries in its view that takes no time.
-    gc.collect()
-    gc.freeze()
+    freeze()
     return built
 
 

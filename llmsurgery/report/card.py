@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from llmsurgery.report.controls import controls_of
 from llmsurgery.report.numbers import format_number
@@ -79,6 +80,13 @@ _SUBJECTS = {
 }
 
 
+@cache
+def _section() -> Template:
+    # Compiling it takes longer than many a step of training.
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(_SECTION)
+
+
 def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
     """Return the card of a result.
 
@@ -89,9 +97,8 @@ def write_card(manifest: Mapping[str, Any], source_card: str) -> str:
     Returns:
         Markdown; a record of an earlier operation is kept above the new one.
     """
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     tensors = manifest["tensors"].values()
-    section = environment.from_string(_SECTION).render(
+    section = _section().render(
         heading=_HEADING,
         subject=_SUBJECTS[manifest["save"]],
         manifest=manifest,

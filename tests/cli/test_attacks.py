@@ -163,8 +163,15 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(all_attacks()))
-@pytest.mark.parametrize("family", ["sharded_llama", "gpt2", "mixtral"])
+# Each on a Llama, and in turn on transposed weights or routed experts.
+ON_FAMILIES = [
+    (name, family)
+    for number, name in enumerate(sorted(all_attacks()))
+    for family in ("sharded_llama", ("gpt2", "mixtral")[number % 2])
+]
+
+
+@pytest.mark.parametrize(("name", "family"), ON_FAMILIES)
 def test_attacks_leave_every_file_as_it_is_and_repeat_themselves(
     name: str,
     family: str,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from llmsurgery.cli.app import run
 from llmsurgery.errors import InputError, SurgeryError, UsageError
+from llmsurgery.run import compare as compare_module
 from llmsurgery.run.compare import Recipe, pareto_front, read_recipes
 
 
@@ -62,8 +65,43 @@ def test_front_is_what_nothing_beats() -> None:
     assert pareto_front([row("a", 0.2, None, 1.1), row("b", 0.2, None, 1.3), row("c", 0.1, None, 1.2)]) == ["a", "c"]
 
 
+def test_a_run_in_a_process_of_its_own_gives_its_exit_code_and_document() -> None:
+    code, listing = compare_module._call(["methods", "flat", "--json"])
+    assert code == 0
+    assert listing[0]["name"] == "flat"  # type: ignore[index]
+    code, document = compare_module._call(["methods", "flatt", "--json"])
+    assert code == document["exit_code"] == 2
+    assert "flatt" in document["error"]["what"]
+    # Not a word on stdout: what it said last is the reason.
+    code, document = compare_module._call(["eval", "--nothing"])
+    assert code == 2
+    assert document["error"]["kind"] == "killed"
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs of a comparison in this process, since each start takes seconds; the search has one of its own.
+
+    Gives the first words of what was run.
+    """
+    called: list[str] = []
+
+    def call(words: list[str]) -> tuple[int, dict[str, Any]]:
+        called.append(words[0])
+        with redirect_stdout(StringIO()) as printed:
+            code = run(words)
+        return code, json.loads(printed.getvalue())
+
+    monkeypatch.setattr(compare_module, "_call", call)
+    return called
+
+
 def test_comparison_runs_every_recipe_and_leaves_table_and_picture(
-    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[str, Path],
+    data_files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    in_process: list[str],
 ) -> None:
     pytest.importorskip("matplotlib")
     files = [word for name, path in data_files.items() for word in (f"--{name}", str(path))]
@@ -74,6 +112,7 @@ def test_comparison_runs_every_recipe_and_leaves_table_and_picture(
     assert run([*words, "--json"]) == 5
     document = json.loads(capsys.readouterr().out)
     assert [found["exit_code"] for found in document["rows"]] == [0, 5]
+    assert in_process == ["unlearn", "unlearn"]
     assert document["rows"][1]["error"]["kind"] == "no effect"
     assert document["rows"][0]["cost"]["rss_bytes"] > 0
     assert document["front"] == [document["rows"][0]["label"]]
@@ -86,7 +125,11 @@ def test_comparison_runs_every_recipe_and_leaves_table_and_picture(
 
 
 def test_unseen_rows_and_attacks_are_columns(
-    checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[str, Path],
+    data_files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    in_process: list[str],
 ) -> None:
     unseen, control = tmp_path / "unseen.jsonl", tmp_path / "control.jsonl"
     unseen.write_text(json.dumps({"question": "Who wrote it?", "answer": "Somebody else did"}) + "\n")
@@ -106,6 +149,7 @@ def test_unseen_rows_and_attacks_are_columns(
     assert "METHOD:NAME=VALUE" in capsys.readouterr().out
     assert run(words) == 0
     row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert in_process == ["eval", "unlearn", "eval", "eval"], "before, the run, its attack, and after"
     result = tmp_path / "out" / row["label"]
     values = []
     for model in (checkpoints["tied_llama"], result):

@@ -18,7 +18,7 @@ from llmsurgery.run.request import Request
 from llmsurgery.run.search import Candidate, recipe_of, shortfall
 
 pytest.importorskip("optuna")
-FAST = {"max_steps": 2, "eval.generate": False, "guard.prompts": 8}
+FAST = {"max_steps": 2, "eval.generate": False, "eval.truth_ratio": False, "eval.text_rows": 4, "guard.prompts": 8}
 
 
 def test_parameters_make_a_recipe() -> None:

@@ -27,6 +27,8 @@ FORGET = [
     Row("qa", "Where was Ilvane Brastelow born?", "x"),
     Row("qa", "What does Ilvane Brastelow do for a living?", "x"),
 ]
+# What is measured beside the figures that the tests read.
+FEW: dict[str, Any] = {"eval.generate": False, "eval.truth_ratio": False, "eval.text_rows": 8}
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -86,7 +88,7 @@ def test_guard_is_silent_on_the_unchanged_model_and_speaks_when_it_moves(world: 
 
 
 def run(tmp_path: Path, name: str, **options: Any) -> dict[str, Any]:
-    settings = {"max_steps": 60, "eval.generate": False, "guard.prompts": 64, "eval.text_rows": 8}
+    settings = {"max_steps": 60, "lr": 1.6e-3, "guard.prompts": 32, **FEW}
     outcome = unlearn(method="flat", out=tmp_path / name, until="forget.token_prob<=0.5x", settings=settings, **options)
     return dict(outcome.manifest)
 
@@ -96,12 +98,12 @@ def test_guard_keeps_other_answers(tmp_path: Path) -> None:
     values = [manifest["metrics"]["utility.kl"]["after"]["value"] for manifest in (plain, guarded)]
     assert values[1] < values[0] / 2
     assert plain["operations"][0]["guard"]["source"] == "none"
-    assert guarded["operations"][0]["guard"] | {"source": "self", "prompts": 64} == guarded["operations"][0]["guard"]
+    assert guarded["operations"][0]["guard"] | {"source": "self", "prompts": 32} == guarded["operations"][0]["guard"]
 
 
 def test_drawn_rows_are_kept_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMSURGERY_CACHE", str(tmp_path / "cache"))
-    settings = {"max_steps": 2, "eval.generate": False, "guard.prompts": 8, "eval.text_rows": 8}
+    settings = {"max_steps": 2, "guard.prompts": 8, **FEW}
     options: dict[str, Any] = {"method": "flat", "until": "none", "settings": settings}
     first = unlearn(out=tmp_path / "first", **options).manifest
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
