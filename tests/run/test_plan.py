@@ -32,23 +32,27 @@ def training(given: dict[str, Any]) -> int:
     return int(given["memory"]["phases"]["training"] - given["memory"]["base"])
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
-def test_every_family_is_planned(architecture: str, checkpoints: dict[str, Path], data_files: dict[str, Path]) -> None:
-    model = checkpoints[architecture]
-    lora, full = (plan(model, data_files, settings={"train": way, "roles": roles}) for way, roles in
-                  (("lora", "linear"), ("full", "all")))  # fmt: skip
-    for given in (lora, full):
-        memory = given["memory"]
-        assert given["memory_bytes"] == max(memory["phases"].values())
-        assert set(memory["phases"]) == {"loading", "before", "training", "result"}
-        assert memory["of"] == "resident set"
-        assert memory["step"]["sequences"] == 2 * len(FORGET)
-    sizes = {target["parameters"] for target in full["targets"].values()}
-    assert sizes
-    assert full["trained_parameters"] == sum(row["parameters"] for row in full["targets"].values())
+@pytest.mark.parametrize(
+    ("architecture", "way"),
+    # Each family once, both ways in turn.
+    [(name, ("lora", "full")[number % 2]) for number, name in enumerate(BUILDERS)] + [("sharded_llama", "full")],
+)
+def test_every_family_is_planned(
+    architecture: str, way: str, checkpoints: dict[str, Path], data_files: dict[str, Path]
+) -> None:
+    settings = {"train": way, "roles": {"lora": "linear", "full": "all"}[way]}
+    given = plan(checkpoints[architecture], data_files, settings=settings)
+    memory = given["memory"]
+    assert given["memory_bytes"] == max(memory["phases"].values())
+    assert set(memory["phases"]) == {"loading", "before", "training", "result"}
+    assert memory["of"] == "resident set"
+    assert memory["step"]["sequences"] == 2 * len(FORGET)
+    parameters = sum(row["parameters"] for row in given["targets"].values())
+    assert parameters > 0
+    if way == "full":
+        assert given["trained_parameters"] == parameters
     # Values, gradients and two moments in fp32.
-    assert training(full) > 16 * full["trained_parameters"]
-    assert training(lora) > 16 * lora["trained_parameters"]
+    assert training(given) > 16 * given["trained_parameters"] > 0
 
 
 def test_prediction_follows_rows_lengths_and_what_saves_memory(
@@ -105,12 +109,12 @@ def widen(source: Path, target: Path, width: int) -> Path:
 def test_nothing_of_the_weights_is_read(
     checkpoints: dict[str, Path], data_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    entries = 2 * 3 * 32 * 2**24
-    model = widen(checkpoints["tied_llama"], tmp_path / "wide", 2**24)
+    entries = 2 * 3 * 32 * 2**22
+    model = widen(checkpoints["tied_llama"], tmp_path / "wide", 2**22)
     plan(checkpoints["tied_llama"], data_files)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     given = plan(model, data_files, dtype="bfloat16")
-    assert given["memory_bytes"] > 2 * entries > 6e9
+    assert given["memory_bytes"] > 2 * entries > 1.5e9
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2 * entries / 10
 
 
