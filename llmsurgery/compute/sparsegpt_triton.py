@@ -31,7 +31,7 @@ def prune_columns(
     upper = upper.contiguous()
     n, m = group or (0, 0)
     # Triton starts on the current card, whichever the tensors are on.
-    with torch.cuda.device_of(part):
+    with torch.cuda.device(part.device):
         _columns[(triton.cdiv(rows, ROWS),)](
             part,
             gone.view(torch.uint8),

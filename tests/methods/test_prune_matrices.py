@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,10 @@ def test_the_kernel_waits_for_what_it_is_built_with(monkeypatch: pytest.MonkeyPa
     (tmp_path / "Python.h").touch()
     there: dict[str, Any] = {"gcc": "/usr/bin/gcc", "triton": object(), "headers": str(tmp_path)}
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(sparsegpt.shutil, "which", there.get)
+    monkeypatch.setattr(shutil, "which", there.get)
     monkeypatch.setattr(sparsegpt, "find_spec", there.get)
-    monkeypatch.setattr(sparsegpt.sysconfig, "get_config_var", lambda _: there["headers"])
-    monkeypatch.setattr(sparsegpt.sysconfig, "get_paths", lambda _: {"include": str(tmp_path / "none")})
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _: there["headers"])
+    monkeypatch.setattr(sysconfig, "get_paths", lambda _: {"include": str(tmp_path / "none")})
     found = []
     for missing in (None, "gcc", "triton", "headers"):
         with monkeypatch.context() as patch:
