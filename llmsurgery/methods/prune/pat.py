@@ -200,7 +200,7 @@ class Pat:
             result = train(moving, loss, len(prepared), training, session, loss.begin)
             loss.settle()
             losses = measured(operation, scorer, prepared, gate)
-            require_decided(gate, result.steps, operation.progress)
+            require_decided(gate, gate_step(config, gate.horizon), result.steps, operation.progress)
             trained = trainable.edits()
         return folded(config.width.untie, operation, widths, gate, trained, result, losses, prepared)
 
@@ -262,10 +262,15 @@ def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: 
     return gate.to(operation.model.device)
 
 
+def gate_step(config: PatConfig, horizon: int) -> float:
+    """Return the step size of the proxies."""
+    return GATE_PATH / horizon if config.gate_lr is None else config.gate_lr
+
+
 def with_gate(trainable: Trainable, gate: WidthGate, config: PatConfig) -> Trainable:
     """Return a model prepared for training with the gate and its operators among what moves."""
     lr = config.training.lr or 0.0
-    gate_lr = GATE_PATH / gate.horizon if config.gate_lr is None else config.gate_lr
+    gate_lr = gate_step(config, gate.horizon)
     parameters = [*trainable.parameters, *gate.moving()]
     factors = [1.0] * len(parameters)
     if gate.fixed is None:
@@ -289,8 +294,14 @@ def measured(
     return {name: measured_loss(scorer, rows, gate, manner, size) for name, manner in manners.items()}
 
 
-def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
+def require_decided(gate: WidthGate, step_size: float, steps: int, progress: Progress) -> None:
     """Refuse gates that rounding would move, and tell of those that it has moved before the last steps.
+
+    Args:
+        gate: The trained gate.
+        step_size: That of its proxies.
+        steps: Steps taken.
+        progress: Told of the latter.
 
     Raises:
         GateError: Too many of them, and no step under the rounded gate.
@@ -301,7 +312,8 @@ def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
     if undecided <= MOST_UNDECIDED:
         return
     what = f"{undecided:.0%} of the gates are undecided after {steps} steps"
-    fix = f"raise the step size of the gates (--set gate_lr=..., {GATE_PATH / gate.horizon:.2g} suits this horizon)"
+    larger = max(GATE_PATH / gate.horizon, 2 * step_size)
+    fix = f"raise the step size of the gates (--set gate_lr={larger:.2g}, it was {step_size:.2g})"
     if gate.manner is Manner.SOFT:
         raise GateError(
             what,
