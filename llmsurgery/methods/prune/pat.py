@@ -241,7 +241,7 @@ def horizon_of(config: PatConfig, steps: int) -> int:
     from llmsurgery.train.width_gate import SETTLED
 
     room = int((1 - config.rounded) * steps / SETTLED)
-    return config.horizon or max(steps // 5, min(60, room))
+    return config.horizon or max(2, min(max(steps // 5, 60), room))
 
 
 def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: int) -> WidthGate:
