@@ -45,6 +45,7 @@ from llmsurgery.errors import GateError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.folding import folded
 from llmsurgery.methods.narrowing import is_tied, narrowed_tensors
+from llmsurgery.methods.pruning import tell_of_repeats
 from llmsurgery.methods.registry import register
 from llmsurgery.methods.widths import GATED, OTHER_NORMS, WidthConfig, Widths, require_narrowable, widths_of
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
@@ -63,9 +64,6 @@ PAPER_RANK = 200
 
 GATE_PATH = 18.0
 """Steps of a proxy times their size over the horizon, by default: how far it can go."""
-
-MANY_PASSES = 30
-"""Passes over the data that are worth a notice."""
 
 MOST_UNDECIDED = 0.02
 """Share of the gates that may be undecided when they are rounded."""
@@ -217,14 +215,6 @@ def training_rows(config: PatConfig, encoder: Encoder, rows: Sequence[Row]) -> l
     length = min(config.window, encoder.max_length)
     windows = pack_windows(encoder, texts, length, config.samples, "calibration")
     return [*asked, *(Encoded(window, 1, False, "calibration") for window in windows)]
-
-
-def tell_of_repeats(operation: Operation, passes: float) -> None:
-    """Say so where the data are few for so many steps."""
-    if passes > MANY_PASSES:
-        operation.progress.notice(
-            f"every row of --calibration is trained on {passes:.0f} times: other text will suffer; give more of it"
-        )
 
 
 def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> dict[Place, int]:
