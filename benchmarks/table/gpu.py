@@ -47,7 +47,6 @@ def gpu_kernels(result: dict[str, Any]) -> str:
         "## Kernels on a GPU\n\n"
         "`python -m benchmarks.gpu --only kernels`. Whole matrices by SparseGPT from 4,096 random inputs; with fewer "
         "inputs than columns the\nlast bits decide between many masks, hence the lower agreement at width 11,008. "
-        "Half of a block was still chosen by\n`kthvalue` in these runs, which took most of the kernel's time there; "
-        "selection sorts on a GPU since, and logits are\nheld 33,554,432 at a time.\n\n"
+        f"{result.get('note', '')}\n\n"
         f"{columns}\n\n{chosen}\n\n{logits}"
     )

@@ -62,7 +62,7 @@ def prune_pat_settings(result: dict[str, Any]) -> str:
         "the section above (source "
         f"{source['value']:.2f}); one seed each, many runs at once on one card, so times mean nothing.\n"
         "Defaults then were a horizon of a third of the steps and gates of 6 / horizon; those of the first row are "
-        f"today's.\n{result['note']}\n"
+        f"today's,\nbut for the rank, which is 192 by default at this width.\n{result['note']}\n"
     )
     header = ["run", "kept", "operator rank", "horizon", "rounded", "gate lr", "lr", "perplexity", "undecided"]
     return "## Settings of PAT, SmolLM2-135M\n\n" + text + "\n" + rows(header, lines)

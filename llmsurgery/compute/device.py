@@ -174,11 +174,13 @@ def lean_allocator(parameters: int, device: torch.device) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the peak resident set of this process and the peak device memory, in bytes."""
+    """Return the peak resident set of this process and the peak memory of its busiest card, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
-        peaks["device_bytes"] = int(torch.cuda.max_memory_allocated())
+        # Not of the current card alone: --device cuda:1 does not make it the current one.
+        cards = range(torch.cuda.device_count())
+        peaks["device_bytes"] = max(int(torch.cuda.max_memory_allocated(card)) for card in cards)
     return peaks
 
 

@@ -6,9 +6,14 @@ by those to its right: zeroing W_ij costs W_ij^2 / U_jj^2.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -128,10 +133,23 @@ PANEL = 32
 LARGEST_BLOCK = 256
 """Columns of the widest block whose rows fit into registers."""
 
+OLDEST_CARD = (7, 0)
+"""Compute capability that Triton asks for."""
+
 
 def suits_kernel(part: torch.Tensor) -> bool:
     """Whether the columns of a block [outputs, columns] can be taken by the Triton kernel."""
-    return part.device.type == "cuda" and part.shape[1] <= LARGEST_BLOCK and find_spec("triton") is not None
+    on_card = part.device.type == "cuda" and torch.cuda.get_device_capability(part.device) >= OLDEST_CARD
+    return on_card and part.shape[1] <= LARGEST_BLOCK and can_compile()
+
+
+@cache
+def can_compile() -> bool:
+    """Whether Triton is there, and what it builds the starter of every kernel with: a C compiler, Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    places = {sysconfig.get_config_var("INCLUDEPY"), sysconfig.get_paths("posix_prefix").get("include")}
+    headers = any(place and Path(place, "Python.h").is_file() for place in places)
+    return find_spec("triton") is not None and compiler is not None and headers
 
 
 def _prune_columns(

@@ -30,22 +30,24 @@ def prune_columns(
     rows, columns = part.shape
     upper = upper.contiguous()
     n, m = group or (0, 0)
-    _columns[(triton.cdiv(rows, ROWS),)](
-        part,
-        gone.view(torch.uint8),
-        upper,
-        errors,
-        rows,
-        columns,
-        part.stride(0),
-        gone.stride(0),
-        upper.stride(0),
-        errors.stride(0),
-        N=n,
-        M=m,
-        ROWS=ROWS,
-        COLUMNS=triton.next_power_of_2(columns),
-    )
+    # Triton starts on the current card, whichever the tensors are on.
+    with torch.cuda.device(part.device):
+        _columns[(triton.cdiv(rows, ROWS),)](
+            part,
+            gone.view(torch.uint8),
+            upper,
+            errors,
+            rows,
+            columns,
+            part.stride(0),
+            gone.stride(0),
+            upper.stride(0),
+            errors.stride(0),
+            N=n,
+            M=m,
+            ROWS=ROWS,
+            COLUMNS=triton.next_power_of_2(columns),
+        )
 
 
 @triton.jit

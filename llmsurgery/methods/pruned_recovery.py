@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import Operation
+from llmsurgery.methods.pruning import tell_of_repeats
 from llmsurgery.train.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -108,7 +109,6 @@ def recover(
         DivergedError: The loss became NaN or infinite.
     """
     from llmsurgery.methods.folding import folding_check
-    from llmsurgery.methods.prune.pat import tell_of_repeats
     from llmsurgery.train.loop import planned_steps, train
     from llmsurgery.train.losses import cross_entropy
     from llmsurgery.train.scorer import Scorer

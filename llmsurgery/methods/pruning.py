@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from llmsurgery.edits.rows import StoredRows
     from llmsurgery.methods.kept_blocks import KeptBlocks
 
+MANY_PASSES = 30
+"""Passes over the data that are worth a notice."""
+
 NO_SPEED = (
     "zeros are stored like any other value: neither the file nor inference becomes smaller or faster without a runtime "
     "for sparse weights"
@@ -60,6 +63,14 @@ def tell_of_windows(operation: Operation, config: CalibrationConfig, windows: Se
     if len(windows) < config.samples:
         operation.progress.notice(
             f"--{name} gives {len(windows)} windows of {len(windows[0])} tokens, {config.samples} were asked for"
+        )
+
+
+def tell_of_repeats(operation: Operation, passes: float) -> None:
+    """Say so where the data are few for so many steps."""
+    if passes > MANY_PASSES:
+        operation.progress.notice(
+            f"every row of --calibration is trained on {passes:.0f} times: other text will suffer; give more of it"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmsurgery import prune
 from llmsurgery.arch.detect import detect
+from llmsurgery.checkpoint import Checkpoint
+from llmsurgery.compute.progress import Silent
 from llmsurgery.errors import GateError, InputError, UsageError
 from llmsurgery.methods.narrowing import narrowed_parameters, narrowed_tensors, stored_channels
 from llmsurgery.methods.prune import pat
-from llmsurgery.methods.widths import WidthConfig, widths_of
+from llmsurgery.methods.widths import WidthConfig, Widths, widths_of
 from llmsurgery.train import loop
 from llmsurgery.train.loop import TrainingResult
 from llmsurgery.train.optimizer import make_optimizer
@@ -382,10 +384,36 @@ def test_undecided_gates_fail(biased: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match="100% of the gates are undecided") as caught:
         run(biased, text, tmp_path / "out", {"gate_lr": 1e-6, "rounded": 0.0})
     assert caught.value.exit_code == 6
+    # 18 over the horizon, which is 3 in so short a run.
+    assert "gate_lr=6, it was 1e-06" in caught.value.fix
     assert not list(tmp_path.iterdir())
     # Under the rounded gate the weights have learned to do with the choice.
     manifest = run(biased, text, tmp_path / "out", {"gate_lr": 1e-6})
     assert any("100% of the gates are undecided" in notice for notice in manifest["notices"])
+
+
+def test_settings_that_are_left_to_the_method(biased: Path) -> None:
+    usual = pat.PatConfig()
+    # A fifth of the steps, 60 where these are fewer, and less where the gates would not stand still in time.
+    assert [pat.horizon_of(usual, steps) for steps in (3000, 300, 200, 100)] == [600, 60, 60, 41]
+    assert pat.horizon_of(replace(usual, horizon=7), 300) == 7
+    assert pat.gate_step(usual, 60) == pytest.approx(0.3)
+    assert pat.gate_step(replace(usual, gate_lr=0.1), 60) == 0.1
+    structure = detect(json.loads((biased / "config.json").read_text()), Checkpoint.open(biased).tensors)
+    ranks = []
+    for width, given in ((4096, None), (576, None), (32, None), (2, None), (32, 64)):
+        widths = Widths(width, width, width)
+        ranks.append(pat.operator_ranks(replace(usual, operator_rank=given), structure, widths)["attn", 0])
+    assert ranks == [200, 192, 10, 1, 32]
+
+
+def test_advice_on_undecided_gates_is_no_value_that_was_tried() -> None:
+    gate = WidthGate({("embed", None): 0}, 8, 4, 60)
+    gate.manner = Manner.ROUNDED
+    told = Silent()
+    for tried in (0.03, 0.3, 0.5):
+        pat.require_decided(gate, tried, 300, told)
+    assert [float(text.split("gate_lr=")[1].split(",")[0]) for text in told.notices] == [0.3, 0.6, 1.0]
 
 
 def test_a_set_that_is_not_learned(biased: Path, text: Path, tmp_path: Path) -> None:

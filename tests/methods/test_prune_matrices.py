@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from llmsurgery.compute import sparsegpt
 from llmsurgery.compute.accumulate import SecondMoment
 from llmsurgery.compute.inputs import SquareSum
 from llmsurgery.compute.sparsegpt import Factor, factorise, prune_matrix
@@ -111,6 +116,55 @@ def test_sparsegpt_is_the_slow_reference(m: int, block: int) -> None:
     wanted = slow_sparsegpt(weight, moment.sum, 0.5, m, block)
     assert torch.equal(pruned == 0, wanted == 0)
     torch.testing.assert_close(pruned.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def by_columns(weight: torch.Tensor, factor: Factor, group: tuple[int, int] | None, block: int) -> torch.Tensor:
+    """SparseGPT as it is written down, each column paying at once to all behind it."""
+    w, u = weight.double(), factor.upper.double()
+    gone = torch.zeros(w.shape, dtype=torch.bool)
+    for j in range(w.shape[1]):
+        size = group[1] if group else block
+        if j % size == 0:
+            ahead = slice(j, min(j + size, w.shape[1]))
+            costs = w[:, ahead].square() / u.diagonal()[ahead].square()
+            rows, count = (costs, group[0]) if group else (costs.reshape(1, -1), costs.numel() // 2)
+            order = rows.argsort(dim=1, stable=True)[:, :count]
+            gone[:, ahead] = torch.zeros(rows.shape, dtype=torch.bool).scatter(1, order, True).reshape(costs.shape)
+        lost = torch.where(gone[:, j], w[:, j] / u[j, j], 0)
+        w[:, j:] -= lost[:, None] * u[j, j:]
+        w[:, j] = w[:, j].masked_fill(gone[:, j], 0)
+    return w
+
+
+@pytest.mark.parametrize("group", [None, (2, 4), (3, 10), (25, 50)])
+def test_panels_of_columns_pay_as_single_columns_do(group: tuple[int, int] | None) -> None:
+    draw = torch.Generator().manual_seed(4)
+    inputs = torch.randn(400, 200, generator=draw) @ torch.randn(200, 200, generator=draw)
+    factor = factorise(inputs.T @ inputs, 0.01, "w")
+    # Stored the other way round, as GPT-2's matrices are.
+    weight = torch.randn(200, 7, generator=draw).T
+    pruned, wanted = prune_matrix(weight, factor, 0.5, group, 100), by_columns(weight, factor, group, 100)
+    assert torch.equal(pruned == 0, wanted == 0)
+    torch.testing.assert_close(pruned.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_kernel_waits_for_what_it_is_built_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    there: dict[str, Any] = {"gcc": "/usr/bin/gcc", "triton": object(), "headers": str(tmp_path)}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", there.get)
+    monkeypatch.setattr(sparsegpt, "find_spec", there.get)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _: there["headers"])
+    monkeypatch.setattr(sysconfig, "get_paths", lambda _: {"include": str(tmp_path / "none")})
+    found = []
+    for missing in (None, "gcc", "triton", "headers"):
+        with monkeypatch.context() as patch:
+            if missing is not None:
+                patch.setitem(there, missing, None)
+            sparsegpt.can_compile.cache_clear()
+            found.append(sparsegpt.can_compile())
+    sparsegpt.can_compile.cache_clear()
+    assert found == [True, False, False, False]
 
 
 def test_a_block_of_columns_is_made_a_multiple_of_the_pattern() -> None:

@@ -108,10 +108,12 @@ def test_what_is_stored_is_the_model_in_training(
     def draw(trainable: Any, *_: Any) -> TrainingResult:
         random = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            kept.append(trainable.model.eval()(input_ids=IDS).logits)
+            trained = trainable.model.eval()
+            ids = IDS.to(trained.device)
+            kept.append(trained(input_ids=ids).logits.cpu())
             for parameter in trainable.parameters:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
-            kept.append(trainable.model(input_ids=IDS).logits)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random).to(parameter.device))
+            kept.append(trained(input_ids=ids).logits.cpu())
         return TrainingResult(1, "max_steps", 0.0, 0.0, 0.0, 1)
 
     with monkeypatch.context() as patch:

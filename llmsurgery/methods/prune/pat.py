@@ -45,6 +45,7 @@ from llmsurgery.errors import GateError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.folding import folded
 from llmsurgery.methods.narrowing import is_tied, narrowed_tensors
+from llmsurgery.methods.pruning import tell_of_repeats
 from llmsurgery.methods.registry import register
 from llmsurgery.methods.widths import GATED, OTHER_NORMS, WidthConfig, Widths, require_narrowable, widths_of
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
@@ -63,9 +64,6 @@ PAPER_RANK = 200
 
 GATE_PATH = 18.0
 """Steps of a proxy times their size over the horizon, by default: how far it can go."""
-
-MANY_PASSES = 30
-"""Passes over the data that are worth a notice."""
 
 MOST_UNDECIDED = 0.02
 """Share of the gates that may be undecided when they are rounded."""
@@ -200,7 +198,7 @@ class Pat:
             result = train(moving, loss, len(prepared), training, session, loss.begin)
             loss.settle()
             losses = measured(operation, scorer, prepared, gate)
-            require_decided(gate, result.steps, operation.progress)
+            require_decided(gate, gate_step(config, gate.horizon), result.steps, operation.progress)
             trained = trainable.edits()
         return folded(config.width.untie, operation, widths, gate, trained, result, losses, prepared)
 
@@ -219,14 +217,6 @@ def training_rows(config: PatConfig, encoder: Encoder, rows: Sequence[Row]) -> l
     return [*asked, *(Encoded(window, 1, False, "calibration") for window in windows)]
 
 
-def tell_of_repeats(operation: Operation, passes: float) -> None:
-    """Say so where the data are few for so many steps."""
-    if passes > MANY_PASSES:
-        operation.progress.notice(
-            f"every row of --calibration is trained on {passes:.0f} times: other text will suffer; give more of it"
-        )
-
-
 def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> dict[Place, int]:
     """Return where operators stand and their ranks; a tied embedding has the gate alone."""
     rank = min(config.operator_rank or min(PAPER_RANK, max(1, widths.before // 3)), widths.before)
@@ -241,7 +231,7 @@ def horizon_of(config: PatConfig, steps: int) -> int:
     from llmsurgery.train.width_gate import SETTLED
 
     room = int((1 - config.rounded) * steps / SETTLED)
-    return config.horizon or max(steps // 5, min(60, room))
+    return config.horizon or max(2, min(max(steps // 5, 60), room))
 
 
 def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: int) -> WidthGate:
@@ -262,10 +252,15 @@ def make_gate(config: PatConfig, operation: Operation, widths: Widths, horizon: 
     return gate.to(operation.model.device)
 
 
+def gate_step(config: PatConfig, horizon: int) -> float:
+    """Return the step size of the proxies."""
+    return GATE_PATH / horizon if config.gate_lr is None else config.gate_lr
+
+
 def with_gate(trainable: Trainable, gate: WidthGate, config: PatConfig) -> Trainable:
     """Return a model prepared for training with the gate and its operators among what moves."""
     lr = config.training.lr or 0.0
-    gate_lr = GATE_PATH / gate.horizon if config.gate_lr is None else config.gate_lr
+    gate_lr = gate_step(config, gate.horizon)
     parameters = [*trainable.parameters, *gate.moving()]
     factors = [1.0] * len(parameters)
     if gate.fixed is None:
@@ -289,8 +284,14 @@ def measured(
     return {name: measured_loss(scorer, rows, gate, manner, size) for name, manner in manners.items()}
 
 
-def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
+def require_decided(gate: WidthGate, step_size: float, steps: int, progress: Progress) -> None:
     """Refuse gates that rounding would move, and tell of those that it has moved before the last steps.
+
+    Args:
+        gate: The trained gate.
+        step_size: That of its proxies.
+        steps: Steps taken.
+        progress: Told of the latter.
 
     Raises:
         GateError: Too many of them, and no step under the rounded gate.
@@ -301,7 +302,8 @@ def require_decided(gate: WidthGate, steps: int, progress: Progress) -> None:
     if undecided <= MOST_UNDECIDED:
         return
     what = f"{undecided:.0%} of the gates are undecided after {steps} steps"
-    fix = f"raise the step size of the gates (--set gate_lr=..., {GATE_PATH / gate.horizon:.2g} suits this horizon)"
+    larger = max(GATE_PATH / gate.horizon, 2 * step_size)
+    fix = f"raise the step size of the gates (--set gate_lr={larger:.2g}, it was {step_size:.2g})"
     if gate.manner is Manner.SOFT:
         raise GateError(
             what,
