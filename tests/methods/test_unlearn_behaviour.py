@@ -10,7 +10,9 @@ import pytest
 
 from llmsurgery import unlearn
 
-FULL = {"train": "full", "roles": "all", "lr": 3e-4, "max_steps": 100, "eval.generate": False}
+FULL = {"train": "full", "roles": "all", "lr": 6e-4, "max_steps": 50, "eval.generate": False}
+# Where it matters how far a run gets.
+SLOW: dict[str, Any] = {"lr": 3e-4, "max_steps": 100}
 
 
 def run(memorising: Path, out: Path, method: str, **settings: object) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def figures(manifest: dict[str, Any], name: str) -> tuple[float, float]:
         ("dpo", {"templates": "TEMPLATES", "variant": "idk"}, 0.9),
         ("undial", {"retain_weight": 1}, 0.9),
         ("simnpo", {}, 0.9),
-        ("rmu", {"roles": "mlp.down", "lr": 3e-3, "max_steps": 200, "layer": 1}, 0.5),
+        ("rmu", {"roles": "mlp.down", "lr": 6e-3, "max_steps": 100, "layer": 1}, 0.5),
     ],
 )
 def test_forget_rows_go_and_retain_rows_stay(
@@ -58,7 +60,7 @@ def test_forget_rows_go_and_retain_rows_stay(
 
 
 def test_simnpo_of_the_paper_kills_a_few_tokens_and_stops(memorising: Path, tmp_path: Path) -> None:
-    manifest = run(memorising, tmp_path / "out", "simnpo", beta=4.5, forget_weight=0.125)
+    manifest = run(memorising, tmp_path / "out", "simnpo", beta=4.5, forget_weight=0.125, **SLOW)
     # N doubles and more while the mean probability of the tokens stays high.
     before, after = (-math.log(value) for value in figures(manifest, "forget.prob"))
     assert after > 2 * before
@@ -67,12 +69,12 @@ def test_simnpo_of_the_paper_kills_a_few_tokens_and_stops(memorising: Path, tmp_
 
 
 def test_ascent_alone_takes_the_rest_along_and_says_so(memorising: Path, tmp_path: Path) -> None:
-    manifest = run(memorising, tmp_path / "out", "ga")
+    manifest = run(memorising, tmp_path / "out", "ga", **SLOW)
     bounded = manifest["operations"][0]["record"]
     assert figures(manifest, "forget.token_prob")[1] < 0.1
     assert figures(manifest, "retain.token_prob")[1] < 0.9
     assert any("beyond the forget set" in notice for notice in manifest["notices"])
-    manifest = run(memorising, tmp_path / "two", "ga", max_forget_ce=0)
+    manifest = run(memorising, tmp_path / "two", "ga", max_forget_ce=0, **SLOW)
     assert manifest["operations"][0]["record"]["forget_ce"] > 2 * bounded["forget_ce"]
     assert any("less likely than a guess" in notice for notice in manifest["notices"])
 
