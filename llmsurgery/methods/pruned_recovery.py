@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsurgery.methods.base import Operation
-from llmsurgery.methods.pruning import tell_of_repeats
+from llmsurgery.methods.pruning import answers_and_text, tell_of_repeats
 from llmsurgery.train.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -48,14 +48,13 @@ def recovery_rows(training: TrainingConfig, encoder: Encoder, rows: Sequence[Row
     Raises:
         InputError: A question or chat is too long.
     """
-    from llmsurgery.data.chat import Encoded
     from llmsurgery.data.windows import text_pieces
 
-    asked = [encoder.encode(row, None, training.max_length) for row in rows if row.kind != "text"]
-    texts = [row for row in rows if row.kind == "text"]
     count = None if training.epochs else training.max_steps * training.batch_size
-    pieces = text_pieces(encoder, texts, min(training.max_length, encoder.max_length), count)
-    return [*asked, *(Encoded(piece, 1, False, "calibration") for piece in pieces)]
+    length = min(training.max_length, encoder.max_length)
+    return answers_and_text(
+        encoder, rows, training.max_length, lambda texts: text_pieces(encoder, texts, length, count)
+    )
 
 
 def shrink(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmsurgery.arch.spec import RoleTensor
     from llmsurgery.compute.inputs import Statistic
     from llmsurgery.compute.walk import BlockWalk
-    from llmsurgery.data.chat import Encoder
+    from llmsurgery.data.chat import Encoded, Encoder
     from llmsurgery.data.records import Row
     from llmsurgery.data.windows import Window
     from llmsurgery.edits.kinds import Edit
@@ -64,6 +64,28 @@ def tell_of_windows(operation: Operation, config: CalibrationConfig, windows: Se
         operation.progress.notice(
             f"--{name} gives {len(windows)} windows of {len(windows[0])} tokens, {config.samples} were asked for"
         )
+
+
+def answers_and_text(
+    encoder: Encoder, rows: Sequence[Row], longest: int, cut: Callable[[Sequence[Row]], Sequence[Window]]
+) -> list[Encoded]:
+    """Return questions and chats with their answers, and plain text in pieces of which every token counts.
+
+    Args:
+        encoder: The model's encoder.
+        rows: Rows of --calibration.
+        longest: Tokens of a question or chat at most.
+        cut: Cuts rows of plain text, of which there are some.
+
+    Raises:
+        InputError: A question or chat is too long.
+    """
+    from llmsurgery.data.chat import Encoded
+
+    asked = [encoder.encode(row, None, longest) for row in rows if row.kind != "text"]
+    texts = [row for row in rows if row.kind == "text"]
+    pieces = cut(texts) if texts else ()
+    return [*asked, *(Encoded(piece, 1, False, "calibration") for piece in pieces)]
 
 
 def tell_of_repeats(operation: Operation, passes: float) -> None:

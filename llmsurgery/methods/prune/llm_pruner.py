@@ -22,9 +22,9 @@ Recovery: with max_steps or epochs above 0 the smaller model is trained on --cal
 adapters are merged: W[kept] + alpha / rank B A is rounded once to the stored dtype. What is scored is the beginning of
 --calibration, `samples` windows of `window` tokens; what is trained on is all of it, plain text in pieces of
 `max_length` tokens, of questions and chats the answers. Instructions as in the paper are rows of that file like any
-other. The step size is 1e-3, ten times the paper's, and larger in narrow models: a run of some dozens of steps wins
-back much more with it. `loss_pruned` and `loss_recovered` of the record are the loss on the first 16 rows before and
-after; whether other text got better says utility.ppl.
+other. The step size is 1e-3, ten times the paper's, for runs of far fewer steps than its own, and larger in narrow
+models. `loss_pruned` and `loss_recovered` of the record are the loss on the first 16 rows before and after; whether
+other text got better says utility.ppl.
 
 What differs from the released code (horseee/LLM-Pruner), and why:
 

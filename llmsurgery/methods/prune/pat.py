@@ -45,7 +45,7 @@ from llmsurgery.errors import GateError
 from llmsurgery.methods.base import MethodResult, MethodSpec, Operation
 from llmsurgery.methods.folding import folded
 from llmsurgery.methods.narrowing import is_tied, narrowed_tensors
-from llmsurgery.methods.pruning import tell_of_repeats
+from llmsurgery.methods.pruning import answers_and_text, tell_of_repeats
 from llmsurgery.methods.registry import register
 from llmsurgery.methods.widths import GATED, OTHER_NORMS, WidthConfig, Widths, require_narrowable, widths_of
 from llmsurgery.train.config import TrainingConfig, option, trained_tensors
@@ -205,16 +205,15 @@ class Pat:
 
 def training_rows(config: PatConfig, encoder: Encoder, rows: Sequence[Row]) -> list[Encoded]:
     """Return plain text in pieces of which every token counts, and other rows with their answers."""
-    from llmsurgery.data.chat import Encoded
     from llmsurgery.data.windows import pack_windows
 
-    asked = [encoder.encode(row, None, config.training.max_length) for row in rows if row.kind != "text"]
-    texts = [row for row in rows if row.kind == "text"]
-    if not texts:
-        return asked
     length = min(config.window, encoder.max_length)
-    windows = pack_windows(encoder, texts, length, config.samples, "calibration")
-    return [*asked, *(Encoded(window, 1, False, "calibration") for window in windows)]
+    return answers_and_text(
+        encoder,
+        rows,
+        config.training.max_length,
+        lambda texts: pack_windows(encoder, texts, length, config.samples, "calibration"),
+    )
 
 
 def operator_ranks(config: PatConfig, structure: Structure, widths: Widths) -> dict[Place, int]:
